@@ -1,0 +1,668 @@
+"""The shard format: token blocks in WebDataset tars, their sidecars, and the manifest that makes them a corpus.
+
+A corpus folder holds
+    MANIFEST.json            versions, configuration, totals, generations; written last; only what it names is read
+    shards.<hash>.parquet    one row per shard
+    slices/<slice>/          one folder per slice of the input, whole or absent:
+        train-00000.tar          block pairs NNNN.docs.npy + NNNN.tokens.npy, then at most one with NNNN.tail.npy
+        train-00000.index.npy    one row per pair: offsets and hashes; each row checks itself
+        train-00000.docs.parquet one row per document that begins in the shard
+        ids.npy                  64-bit hashes of document ids, sorted, with their ordinals
+        slice.json               the slice's record
+
+A block is 2^k + 1 token ids of the slice's stream (documents end to end, each closed by <|endoftext|>); the last id is
+the next block's first, so every sample of a power-of-two length finds its targets inside its block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from configs import ConfigError, canonical_json
+from data_pipeline.document import Document
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
+TAR_BLOCK = 512
+MANIFEST = "MANIFEST.json"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+Tokens = npt.NDArray[Any]  # of Format.dtype
+
+
+class ShardError(Exception):
+    """A shard, sidecar or manifest that is damaged, missing or of another version. One line: file, place, remedy."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """What every shard of a corpus shares. `block_tokens` is 2^k; `shard_bytes` is where a shard is closed."""
+
+    block_tokens: int
+    vocab_size: int
+    end_of_text: int
+    shard_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.block_tokens & (self.block_tokens - 1) or not 2**6 <= self.block_tokens <= 2**20:
+            raise ConfigError(f"block_tokens: expected a power of two up to 1Mi, got {self.block_tokens}")
+        if not 0 <= self.end_of_text < self.vocab_size:
+            raise ConfigError(f"end_of_text: expected an id below vocab_size {self.vocab_size}, got {self.end_of_text}")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of token ids on disk: uint16 when the vocabulary fits, else uint32, little-endian."""
+        return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a full block's .npy member."""
+        return len(_npy(np.zeros(self.block_tokens + 1, self.dtype)))
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """One row of a shard's index. `check` is the xxh3-64 of the row's bytes before it, seeded by the row number."""
+        chunks = -(-self.block_bytes // CHUNK_BYTES)
+        return np.dtype(
+            [
+                ("offset", "<u8"),  # of the tokens member's payload in the tar
+                ("docs_offset", "<u8"),
+                ("bytes", "<u4"),
+                ("docs_bytes", "<u4"),
+                ("tokens", "<u4"),  # block_tokens + 1, fewer in a tail
+                ("docs", "<u4"),
+                ("hash", "V16"),
+                ("docs_hash", "V16"),
+                ("chunks", "V16", (chunks,)),
+                ("check", "<u8"),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One finished shard as its slice's record and the manifest know it. Hashes are xxh3-128, hex."""
+
+    name: str  # file stem in the slice's folder
+    split: Split
+    blocks: int
+    tail_tokens: int
+    tokens: int  # of the documents' stream that this shard carries, tail included, the blocks' extra id not
+    documents: int  # that begin here
+    bytes: int
+    hash: str
+    index_hash: str
+    docs_hash: str
+
+
+@dataclass(frozen=True)
+class SealedSlice:
+    """A committed slice as `seal` takes it. `record_hash` is the xxh3-128 of slice.json, `ids_hash` that of ids.npy."""
+
+    slice: str
+    generation: int
+    shards: Sequence[ShardRecord]
+    ids_hash: str
+    record_hash: str
+
+
+class SliceWriter:
+    """Writes the shards, sidecars and id index of one slice into an existing folder.
+
+    The folder is a temporary one: the caller renames it when everything in it is whole.
+    """
+
+    def __init__(self, folder: Path, format: Format) -> None:
+        self.folder, self.format = folder, format
+        self._streams = {split: _StreamWriter(folder, format, split) for split in SPLITS}
+        self._ids: list[tuple[int, int]] = []
+
+    def add(self, document: Document, ids: npt.NDArray[Any], split: Split) -> None:
+        """Append a document's token ids, shape (n,), without <|endoftext|>, which is added here."""
+        if len(ids) and int(ids.max()) >= self.format.vocab_size:
+            raise ShardError(f"{document.id}: token id {int(ids.max())} is outside vocab_size {self.format.vocab_size}")
+        ordinal = len(self._ids)
+        self._ids.append((id_hash(document.id), ordinal))
+        self._streams[split].add(ordinal, document, ids)
+
+    def close(self) -> list[ShardRecord]:
+        """Finish every shard and the id index, fsynced."""
+        records = [record for split in SPLITS for record in self._streams[split].close()]
+        ids = np.array(sorted(self._ids), dtype=[("hash", "<u8"), ("ordinal", "<u4")])
+        write_durably(self.folder / "ids.npy", _npy(ids))
+        return records
+
+
+class _StreamWriter:
+    """One split's stream of a slice: cuts it into blocks, and the blocks into shards."""
+
+    def __init__(self, folder: Path, format: Format, split: Split) -> None:
+        self.folder, self.format, self.split = folder, format, split
+        self.pending = np.zeros(0, format.dtype)  # ids not yet in a block; its first id is the block's first
+        self.begun = 0  # position of pending[0] in the stream
+        self.starts: list[tuple[int, int]] = []  # (ordinal, position) of documents from the one open at pending[0] on
+        self.rows: list[dict[str, Any]] = []  # sidecar rows of documents that begin at or after `shard_begun`
+        self.shard_begun = 0
+        self.shard: _ShardWriter | None = None
+        self.records: list[ShardRecord] = []
+        self.queue: list[npt.NDArray[Any]] = []
+        self.queued = 0
+
+    def add(self, ordinal: int, document: Document, ids: npt.NDArray[Any]) -> None:
+        position = self.begun + len(self.pending) + self.queued
+        self.starts.append((ordinal, position))
+        self.rows.append(_sidecar_row(ordinal, position, len(ids) + 1, document))
+        self.queue += [ids.astype(self.format.dtype), np.array([self.format.end_of_text], self.format.dtype)]
+        self.queued += len(ids) + 1
+        if len(self.pending) + self.queued > self.format.block_tokens:
+            self._cut()
+
+    def close(self) -> list[ShardRecord]:
+        self._cut()
+        if len(self.pending):
+            self._write("tail", self.pending)
+            self.begun += len(self.pending)
+        if self.shard is not None:
+            self._close_shard()
+        return self.records
+
+    def _cut(self) -> None:
+        """Write the full blocks that lie in pending + queue."""
+        size = self.format.block_tokens
+        stream = np.concatenate([self.pending, *self.queue])
+        self.queue, self.queued, taken = [], 0, 0
+        while len(stream) - taken > size:
+            self._write("tokens", stream[taken : taken + size + 1])
+            taken += size
+            self.begun += size
+            while len(self.starts) > 1 and self.starts[1][1] <= self.begun:
+                self.starts.pop(0)
+            assert self.shard is not None
+            if self.shard.bytes + self.format.block_bytes > self.format.shard_bytes:
+                self._close_shard()
+        self.pending = stream[taken:].copy()
+
+    def _write(self, member: str, ids: npt.NDArray[Any]) -> None:
+        if self.shard is None:
+            self.shard = _ShardWriter(self.folder, f"{self.split}-{len(self.records):05d}", self.format)
+            self.shard_begun = self.begun
+        end = self.begun + self.format.block_tokens
+        docs = [(ordinal, position - self.begun) for ordinal, position in self.starts if position < end]
+        self.shard.write(member, ids, np.array(docs, "<i8").reshape(-1, 2))
+
+    def _close_shard(self) -> None:
+        """Close the open shard; its sidecar takes the documents that begin before the position reached."""
+        assert self.shard is not None
+        mine = [row for row in self.rows if row["start"] < self.begun]
+        self.rows = self.rows[len(mine) :]
+        self.records.append(self.shard.close(self.split, self.begun - self.shard_begun, mine))
+        self.shard = None
+
+
+class _ShardWriter:
+    """One tar with its index and sidecar."""
+
+    def __init__(self, folder: Path, name: str, format: Format) -> None:
+        import webdataset
+
+        self.folder, self.name, self.format = folder, name, format
+        self.file = HashedFile((folder / f"{name}.tar").open("xb"))
+        self.tar = webdataset.TarWriter(
+            self.file, user="longhaul", group="longhaul", encoder=False, mtime=0, compress=False
+        )
+        self.bytes = 0
+        self.index: list[npt.NDArray[Any]] = []
+        self.tail_tokens = 0
+
+    def write(self, member: str, ids: npt.NDArray[Any], docs: npt.NDArray[np.int64]) -> None:
+        tokens_bytes, docs_bytes = _npy(ids), _npy(docs)
+        self.tar.write({"__key__": f"{len(self.index):04d}", "docs.npy": docs_bytes, f"{member}.npy": tokens_bytes})
+        docs_offset = self.bytes + TAR_BLOCK
+        offset = docs_offset + _padded(len(docs_bytes)) + TAR_BLOCK
+        self.bytes = offset + _padded(len(tokens_bytes))
+        row = np.zeros((), self.format.index_dtype)
+        row["offset"], row["docs_offset"] = offset, docs_offset
+        row["bytes"], row["docs_bytes"] = len(tokens_bytes), len(docs_bytes)
+        row["tokens"], row["docs"] = len(ids), len(docs)
+        row["hash"], row["docs_hash"] = np.void(_xxh(tokens_bytes)), np.void(_xxh(docs_bytes))
+        for i in range(-(-len(tokens_bytes) // CHUNK_BYTES)):
+            row["chunks"][i] = np.void(_xxh(tokens_bytes[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]))
+        row["check"] = _row_check(row.tobytes(), len(self.index))
+        self.index.append(row)
+        self.tail_tokens = len(ids) if member == "tail" else 0
+
+    def close(self, split: Split, tokens: int, documents: list[dict[str, Any]]) -> ShardRecord:
+        self.tar.close()
+        self.file.close_durably()
+        index_bytes = _npy(np.array(self.index, self.format.index_dtype))
+        write_durably(self.folder / f"{self.name}.index.npy", index_bytes)
+        sidecar = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(documents, SIDECAR), sidecar, compression="zstd")
+        write_durably(self.folder / f"{self.name}.docs.parquet", sidecar.getvalue())
+        return ShardRecord(
+            name=self.name,
+            split=split,
+            blocks=len(self.index) - (self.tail_tokens > 0),
+            tail_tokens=self.tail_tokens,
+            tokens=tokens,
+            documents=len(documents),
+            bytes=self.file.size,
+            hash=self.file.hash.hexdigest(),
+            index_hash=_xxh(index_bytes).hex(),
+            docs_hash=_xxh(sidecar.getvalue()).hex(),
+        )
+
+
+SIDECAR = pa.schema(
+    [
+        ("ordinal", pa.uint32()),  # of the document in its slice, both splits counted together
+        ("start", pa.uint64()),  # position of its first token in the split's stream of the slice
+        ("tokens", pa.uint32()),  # with its <|endoftext|>
+        ("id", pa.string()),
+        ("uri", pa.string()),
+        ("source", pa.string()),
+        ("input", pa.string()),
+        ("offset", pa.uint64()),
+        ("language", pa.string()),
+    ]
+)
+
+
+def _sidecar_row(ordinal: int, start: int, tokens: int, document: Document) -> dict[str, Any]:
+    meta = document.meta
+    return {
+        "ordinal": ordinal,
+        "start": start,
+        "tokens": tokens,
+        "id": document.id,
+        "uri": document.uri,
+        "source": document.source,
+        "input": meta.get("input"),
+        "offset": meta.get("offset"),
+        "language": meta.get("language"),
+    }
+
+
+@dataclass
+class HashedFile:
+    """A file object for writing that keeps the xxh3-128 and the size of what went through it."""
+
+    file: BinaryIO
+    hash: Any = field(default_factory=xxhash.xxh3_128)
+    size: int = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def close_durably(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def id_hash(document_id: str) -> int:
+    """The 64-bit hash under which a slice's id index knows a document."""
+    return xxhash.xxh3_64_intdigest(document_id.encode("utf-8", "surrogatepass"))
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 (hex) of a whole file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(4 * 2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file that is whole and on disk when this returns; it appears under its name only then."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+TABLE = pa.schema(
+    [
+        ("slice", pa.string()),
+        ("generation", pa.int32()),
+        ("name", pa.string()),
+        ("split", pa.string()),
+        ("blocks", pa.int64()),
+        ("tail_tokens", pa.int64()),
+        ("tokens", pa.int64()),
+        ("documents", pa.int64()),
+        ("bytes", pa.int64()),
+        ("hash", pa.string()),
+        ("index_hash", pa.string()),
+        ("docs_hash", pa.string()),
+        ("ids_hash", pa.string()),
+        ("record_hash", pa.string()),
+    ]
+)
+
+
+def seal(folder: Path, format: Format, head: dict[str, Any], slices: Sequence[SealedSlice]) -> Manifest:
+    """Write the manifest over committed slices, in their given order, and return it opened.
+
+    `head` is what the preparation wants recorded (corpus, configuration, tokenizer hash, encoder, counts, and under
+    "files" the xxh3-128 of other files of the folder that `verify` shall hold to). Sealing the same again changes
+    nothing.
+    """
+    rows = [
+        {**asdict(shard), "slice": s.slice, "generation": s.generation}
+        | {"ids_hash": s.ids_hash, "record_hash": s.record_hash}
+        for s in slices
+        for shard in s.shards
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, TABLE), buffer, compression="zstd")
+    table_hash = _xxh(buffer.getvalue()).hex()
+    count = max((s.generation for s in slices), default=-1) + 1
+    manifest = {
+        "format": FORMAT_VERSION,
+        "block_tokens": format.block_tokens,
+        "vocab_size": format.vocab_size,
+        "end_of_text": format.end_of_text,
+        "dtype": format.dtype.name,
+        "shard_bytes": format.shard_bytes,
+        "table": f"shards.{table_hash[:12]}.parquet",
+        "table_hash": table_hash,
+        "generations": [_generation(format, head, [r for r in rows if r["generation"] == g]) for g in range(count)],
+        **head,
+    }
+    manifest["sha256"] = _self_hash(manifest)
+    old = sorted(folder.glob("shards.*.parquet"))
+    write_durably(folder / manifest["table"], buffer.getvalue())
+    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    for table in old:
+        if table.name != manifest["table"]:
+            table.unlink()
+    return Manifest.open(folder)
+
+
+def _generation(format: Format, head: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals and identity of one generation. The identity changes when any token or its place does."""
+    identity = [FORMAT_VERSION, format.block_tokens, format.vocab_size, format.dtype.name, head.get("tokenizer_sha256")]
+    identity += [[r["slice"], r["name"], r["blocks"], r["hash"]] for r in rows]
+    totals = {
+        split: {
+            k: sum(r[k] for r in rows if r["split"] == split)
+            for k in ("blocks", "tail_tokens", "tokens", "documents", "bytes")
+        }
+        for split in SPLITS
+    }
+    return {"identity": hashlib.sha256(canonical_json(identity).encode()).hexdigest(), "shards": len(rows), **totals}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An opened corpus: its head, its format, and its table of shards (Arrow, not Python objects)."""
+
+    folder: Path
+    head: dict[str, Any]
+    format: Format
+    table: pa.Table
+
+    @staticmethod
+    def open(folder: Path) -> Manifest:
+        """Open a corpus folder. Raises ShardError where it is missing, unfinished, damaged or newer than this code."""
+        head = read_head(folder)
+        if not (folder / head["table"]).is_file():
+            raise ShardError(f"{folder / head['table']}: missing, but {MANIFEST} names it; run data-prep run again")
+        data = (folder / head["table"]).read_bytes()
+        if _xxh(data).hex() != head["table_hash"]:
+            raise ShardError(
+                f"{folder / head['table']}: damaged (hash differs from {MANIFEST}); run data-prep run again"
+            )
+        format = Format(head["block_tokens"], head["vocab_size"], head["end_of_text"], head["shard_bytes"])
+        return Manifest(folder, head, format, pq.read_table(pa.BufferReader(data)))
+
+    @property
+    def generations(self) -> list[dict[str, Any]]:
+        """Identity (sha256) and totals of each generation."""
+        return list(self.head["generations"])
+
+    def shards(self, split: Split, generation: int) -> Shards:
+        """The shards of a split and generation, their blocks numbered through in the manifest's order."""
+        mine = np.array(self.table["generation"]) == generation
+        mine &= np.asarray(self.table["split"].to_numpy(zero_copy_only=False) == split)
+        return Shards(self, self.table.filter(pa.array(mine)))
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """MANIFEST.json, checked against its own hash and our format version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ShardError(f"{folder}: no {MANIFEST}: not a corpus, or not finished; run data-prep run")
+    try:
+        head = json.loads(path.read_text(encoding="utf-8"))
+        version, claimed = head["format"], head["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise ShardError(f"{path}: damaged (not a manifest); run data-prep run again") from None
+    if version > FORMAT_VERSION:
+        raise ShardError(f"{path}: format {version} is newer than this code's {FORMAT_VERSION}; update longhaul")
+    if _self_hash(head) != claimed:
+        raise ShardError(f"{path}: damaged (its own hash differs); run data-prep run again")
+    return dict(head)
+
+
+def _self_hash(head: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json({k: v for k, v in head.items() if k != "sha256"}).encode()).hexdigest()
+
+
+class Shards:
+    """The shards of one split and generation: blocks by number, each checked against its hash when read."""
+
+    MAX_OPEN = 16  # files; an index row and a block cost one pread each
+
+    def __init__(self, manifest: Manifest, table: pa.Table) -> None:
+        self.manifest, self.format, self.table = manifest, manifest.format, table
+        self.ends = np.cumsum(table["blocks"].to_numpy()) if len(table) else np.zeros(0, np.int64)
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    @property
+    def blocks(self) -> int:
+        """How many full blocks there are."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def path(self, shard: int, suffix: str) -> Path:
+        """`suffix` is one of tar, index.npy, docs.parquet."""
+        slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
+        return self.manifest.folder / "slices" / slice_ / f"{name}.{suffix}"
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """(shard, row) of a block."""
+        assert 0 <= block < self.blocks
+        shard = int(np.searchsorted(self.ends, block, side="right"))
+        return shard, block - (int(self.ends[shard - 1]) if shard else 0)
+
+    def read(self, block: int) -> Tokens:
+        """The token ids of a block, shape (block_tokens + 1,). Raises ShardError naming shard and block on damage."""
+        shard, row = self.locate(block)
+        return self.member(shard, row)
+
+    def member(self, shard: int, row: int) -> Tokens:
+        """The token ids of a shard's row (the row after its last block is its tail), shape (n,)."""
+        entry = self._index_row(shard, row)
+        data = self._pread(self.path(shard, "tar"), int(entry["offset"]), int(entry["bytes"]))
+        if _xxh(data) != entry["hash"].tobytes():
+            raise ShardError(f"{self.path(shard, 'tar')}: block {row} is damaged; see data-prep verify")
+        return _from_npy(data)
+
+    def documents(self, shard: int, row: int) -> npt.NDArray[np.int64]:
+        """(ordinal, start) of the document open at the row's first token and each that begins later, shape (d, 2)."""
+        entry = self._index_row(shard, row)
+        data = self._pread(self.path(shard, "tar"), int(entry["docs_offset"]), int(entry["docs_bytes"]))
+        if _xxh(data) != entry["docs_hash"].tobytes():
+            raise ShardError(f"{self.path(shard, 'tar')}: documents of block {row} are damaged; see data-prep verify")
+        return _from_npy(data)
+
+    def tails(self) -> list[tuple[int, int]]:
+        """(shard, row) of every tail."""
+        table = self.table
+        return [(i, int(table["blocks"][i].as_py())) for i in range(len(table)) if table["tail_tokens"][i].as_py()]
+
+    def _index_row(self, shard: int, row: int) -> Any:
+        dtype = self.format.index_dtype
+        path = self.path(shard, "index.npy")
+        data = self._pread(path, self._index_header + row * dtype.itemsize, dtype.itemsize)
+        entry = np.frombuffer(data, dtype)[0]
+        if int(entry["check"]) != _row_check(data, row):
+            raise ShardError(f"{path}: row {row} is damaged; see data-prep verify")
+        return entry
+
+    @cached_property
+    def _index_header(self) -> int:
+        """Bytes before the first row: numpy pads its header to 64, and ours has one length for all shapes in use."""
+        return len(_npy(np.zeros(0, self.format.index_dtype)))
+
+    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+        descriptor = self._open.pop(path, None)
+        try:
+            if descriptor is None:
+                if len(self._open) >= self.MAX_OPEN:
+                    os.close(self._open.popitem(last=False)[1])
+                descriptor = os.open(path, os.O_RDONLY)
+            self._open[path] = descriptor
+            data = os.pread(descriptor, size, offset)
+        except FileNotFoundError:
+            raise ShardError(f"{path}: missing, but {MANIFEST} names it; see data-prep verify") from None
+        if len(data) != size:
+            raise ShardError(
+                f"{path}: truncated: {size} bytes expected at {offset}, got {len(data)}; see data-prep verify"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the open files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """Read every byte of a corpus and yield one line per damage; nothing when it is whole."""
+    try:
+        manifest = Manifest.open(folder)
+    except ShardError as error:
+        yield str(error)
+        return
+    expected = {folder / MANIFEST, folder / manifest.head["table"]}
+    for name, hash_ in manifest.head.get("files", {}).items():
+        expected.add(folder / name)
+        yield from _check_file(folder / name, hash_)
+    for generation in range(len(manifest.generations)):
+        for split in SPLITS:
+            shards = manifest.shards(split, generation)
+            for i in range(len(shards)):
+                expected |= {shards.path(i, suffix) for suffix in ("tar", "index.npy", "docs.parquet")}
+                yield from _check_shard(shards, i)
+            shards.close()
+    table = manifest.table
+    per_slice = (table[column].to_pylist() for column in ("slice", "ids_hash", "record_hash"))
+    for slice_, ids_hash, record_hash in sorted(set(zip(*per_slice, strict=True))):
+        for name, hash_ in (("ids.npy", ids_hash), ("slice.json", record_hash)):
+            expected.add(folder / "slices" / slice_ / name)
+            yield from _check_file(folder / "slices" / slice_ / name, hash_)
+    yield from _unexpected(folder, expected)
+
+
+def _unexpected(folder: Path, expected: set[Path]) -> Iterator[str]:
+    """Files among the slices that the manifest does not name. A slice without shards has only its record and ids."""
+    for path in sorted((folder / "slices").glob("[!.]*/*")):
+        if path not in expected and path.name not in ("ids.npy", "slice.json"):
+            yield f"{path}: not named by {MANIFEST}"
+
+
+def _check_file(path: Path, expected: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: missing"
+    elif file_hash(path) != expected:
+        yield f"{path}: damaged (hash differs)"
+
+
+def _check_shard(shards: Shards, shard: int) -> Iterator[str]:
+    for suffix, column in (("index.npy", "index_hash"), ("docs.parquet", "docs_hash")):
+        yield from _check_file(shards.path(shard, suffix), shards.table[column][shard].as_py())
+    tar = shards.path(shard, "tar")
+    if not tar.is_file():
+        yield f"{tar}: missing"
+        return
+    size, expected = tar.stat().st_size, shards.table["bytes"][shard].as_py()
+    if size != expected:
+        yield f"{tar}: {size} bytes, expected {expected}"
+    if file_hash(tar) != shards.table["hash"][shard].as_py():
+        bad = _bad_rows(shards, shard)
+        yield f"{tar}: damaged in {', '.join(f'block {row}' for row in bad[:10]) or 'its tar headers or padding'}"
+
+
+def _bad_rows(shards: Shards, shard: int) -> list[int]:
+    bad = []
+    rows = shards.table["blocks"][shard].as_py() + (shards.table["tail_tokens"][shard].as_py() > 0)
+    for row in range(rows):
+        try:
+            shards.member(shard, row)
+            shards.documents(shard, row)
+        except ShardError:
+            bad.append(row)
+    return bad
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _from_npy(data: bytes) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
+
+
+def _padded(size: int) -> int:
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def _xxh(data: bytes | memoryview) -> bytes:
+    return xxhash.xxh3_128_digest(data)
+
+
+def _row_check(row: bytes, number: int) -> int:
+    return xxhash.xxh3_64_intdigest(row[:-8], number)
