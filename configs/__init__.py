@@ -103,9 +103,12 @@ def load(schema: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     return source.build(schema, tree, str(path))
 
 
-def build(schema: type[S], tree: Tree, name: str) -> S:
-    """Build `schema` from a tree that another program wrote (a JSON record); `name` stands in messages."""
-    return _Source().build(schema, tree, name)
+def build(schema: type[S], tree: Tree, name: str, overrides: Sequence[str] = ()) -> S:
+    """Build `schema` from a tree that no user wrote (a record, a default), overridden; `name` stands in messages."""
+    source = _Source()
+    for override in overrides:
+        source.override(schema, tree, override)
+    return source.build(schema, tree, name)
 
 
 def dump(section: Section) -> str:
@@ -386,6 +389,9 @@ def _nearest(schema: type[Section], annotation: Any, node: Tree, at: KeyPath) ->
     near = difflib.get_close_matches(key, names, 1)
     if near:
         return f"; did you mean {_dotted((*at[:-1], near[0]))}?"
+    owners = [_kind_of(c) for c in _section_classes(annotation) if key in c.model_fields]
+    if owners:
+        return f" of kind {node.get('kind')}; it is one of kind {' and '.join(map(str, owners))}"
     elsewhere = sorted({path for path in _paths(schema) if path.rsplit(".", 1)[-1] == key})
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"

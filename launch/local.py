@@ -1,0 +1,189 @@
+"""The job on this machine: its ranks are processes of ours, in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO, Literal
+
+from pydantic import Field
+
+from configs import Float, Int, Section
+from launch.job import ATTEMPT, RESTARTED, Job, log, new_folder
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
+
+
+class Local(Section):
+    """Ranks on this machine. Their output goes to RUN/logs/attempt-<n>/rank-<r>.log, rank 0's to stderr as well."""
+
+    kind: Literal["local"] = "local"
+    ranks: Int = Field(1, ge=1)
+    restarts: Int = Field(0, ge=0)  # how often a run that failed, hung or stopped by itself is started again
+    grace_s: Float = Field(10.0, ge=0)  # from a rank's bad end to TERM for the others, and from there to KILL
+
+    def show(self, job: Job) -> str:
+        """What `start` would run."""
+        return "\n".join(
+            " ".join(f"{key}={value}" for key, value in _environment(rank, self.ranks, "FREE").items())
+            + f" {shlex.join([sys.executable, *job.arguments])}"
+            for rank in range(self.ranks)
+        )
+
+    def start(self, job: Job) -> int:
+        """Run the job to its end and return its exit code: the worst of those with which ranks ended by themselves.
+
+        A signal to this process goes on to the ranks and ends the restarts.
+        """
+        job.write(self)
+        told: list[int] = []
+
+        def note(number: int, frame: FrameType | None) -> None:
+            told.append(number)
+
+        before = {number: signal.signal(number, note) for number in FORWARDED}
+        try:
+            for restart in range(self.restarts + 1):
+                code = self._attempt(job, told)
+                if code not in RESTARTED or told or restart == self.restarts:
+                    break
+                log(f"{RESTARTED[code]} (exit {code}); starting again (restart {restart + 1} of {self.restarts})")
+            return code
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _attempt(self, job: Job, told: list[int]) -> int:
+        """Start every rank and wait until all have ended."""
+        folder = new_folder(job.logs, "attempt-")
+        log(f"{self.ranks} rank(s), output in {folder}")
+        port = _free_port()
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(self.ranks):
+                number = folder.name.removeprefix("attempt-")
+                environment = os.environ | _environment(rank, self.ranks, port) | {ATTEMPT: number}
+                ranks.append(_spawn([sys.executable, *job.arguments], environment, folder / f"rank-{rank}.log"))
+            with (folder / "rank-0.log").open("rb") as output:
+                return self._wait(ranks, told, output)
+        finally:
+            for process in ranks:
+                _kill(process)
+
+    def _wait(self, ranks: list[subprocess.Popen[bytes]], told: list[int], output: BinaryIO) -> int:
+        forwarded = 0
+        own: dict[int, int] = {}  # exit code by rank, for those that ended before we ended them
+        deadline: float | None = None  # the next step against those that go on after a rank's bad end
+        steps = [signal.SIGTERM, signal.SIGKILL]
+        while any(process.poll() is None for process in ranks):
+            for number in told[forwarded:]:
+                _signal(ranks, number)
+            forwarded = len(told)
+            if len(steps) == 2:
+                own |= _ended(ranks, own)
+            if deadline is None and any(own.values()):
+                deadline = time.monotonic() + self.grace_s
+            if deadline is not None and steps and time.monotonic() > deadline:
+                left = [rank for rank, process in enumerate(ranks) if process.poll() is None]
+                log(f"rank(s) {', '.join(map(str, left))} went on without the others: {steps[0].name}")
+                _signal(ranks, steps.pop(0))
+                deadline = time.monotonic() + self.grace_s
+            _show(output)
+            time.sleep(POLL_S)
+        if len(steps) == 2:
+            own |= _ended(ranks, own)
+        _show(output)
+        return max(own.values())
+
+
+def _ended(ranks: list[subprocess.Popen[bytes]], known: dict[int, int]) -> dict[int, int]:
+    """The exit codes of the ranks that have ended since; a signal's is that of any failure."""
+    new = {}
+    for rank, process in enumerate(ranks):
+        code = process.poll()
+        if code is None or rank in known:
+            continue
+        new[rank] = code if code >= 0 else 1
+        if code:
+            log(f"rank {rank} ended with {f'exit {code}' if code > 0 else signal.Signals(-code).name}")
+    return new
+
+
+def _environment(rank: int, ranks: int, port: str) -> dict[str, str]:
+    """What torchrun sets, and a fair share of the cores for torch's threads."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def _spawn(command: list[str], environment: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, that ends with this one. It writes to its file itself, so its log is whole
+    whatever becomes of us."""
+    with output.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            process_group=0,
+            preexec_fn=_die_with(os.getpid()),
+        )
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """What a child does before it becomes the rank: ask Linux to kill it when its parent is gone."""
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went before we asked
+            os._exit(1)
+
+    return ask
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    for process in ranks:
+        process.send_signal(number)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a rank and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _show(output: BinaryIO) -> None:
+    """Pass on what was written since the last call."""
+    if text := output.read():
+        sys.stderr.write(text.decode(errors="replace"))
+        sys.stderr.flush()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

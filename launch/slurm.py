@@ -1,0 +1,161 @@
+"""The job on SLURM: submitit makes the batch script and submits it; the shell in it acts on how the ranks end.
+
+submitit's own way to come back is not used: it pickles a call, requeues from the handler of rank 0 and leaves the
+other ranks to be killed. Here the command of a rank stands in the script itself; SLURM's signal tells every rank, and
+they decide together; only the batch shell, where SLURM's commands certainly are, starts the job again. submitit never
+runs in a rank, so there is no pickle to grow stale and no signal handler of its to be replaced.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import submitit
+from pydantic import Field, model_validator
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from configs import Bool, Float, Int, Section
+from launch.job import Job
+
+BATCH = Path(__file__).with_name("batch.sh")
+STOP_SIGNAL = "USR2"  # NCCL may use USR1 for itself
+
+
+class Slurm(Section):
+    """Ranks on a SLURM cluster, one task for each. What is absent is left to the cluster's defaults."""
+
+    kind: Literal["slurm"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    nodes: Int = Field(1, ge=1)
+    ranks_per_node: Int | None = Field(None, ge=1)  # absent: one for each GPU, else one
+    gpus_per_node: Int | None = Field(None, ge=1)
+    cpus_per_rank: Int | None = Field(None, ge=1)
+    mem_gb: Float | None = Field(None, gt=0)  # per node
+    minutes: Int = Field(60, ge=1)  # the time limit of one attempt
+    signal_lead_s: Int = Field(120, ge=1)  # how long before it the ranks are told to save; SLURM may be 60 s early
+    constraint: str | None = None
+    exclude: str | None = None  # nodes to avoid, as n[3-5],n9
+    exclusive: Bool = False
+    restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: a successor is queued with each attempt
+    restarts: Int = Field(20, ge=0)
+    setup: list[str] = Field([])  # lines of shell before the ranks start: modules, environments
+    python: str | None = None  # what starts Python in a rank, as `apptainer exec image.sif python`; absent: this one
+    srun: list[str] = Field([])  # further arguments of srun
+    sbatch: dict[str, str] = Field({})  # further parameters of sbatch by long name; the value `true` stands for none
+
+    @model_validator(mode="after")
+    def _has_time(self) -> Slurm:
+        if self.signal_lead_s >= 60 * self.minutes:
+            raise ValueError(
+                f"signal_lead_s: expected less than the {60 * self.minutes} s of `minutes`, got {self.signal_lead_s}"
+            )
+        return self
+
+    def show(self, job: Job) -> str:
+        """The batch script, to the last byte."""
+        return self._executor(job).script()
+
+    def start(self, job: Job) -> int:
+        """Queue the job and print its id. Raises SlurmError in SLURM's own words."""
+        job.write(self)
+        try:
+            print(self._executor(job).queue(), flush=True)
+        except (FileNotFoundError, FailedJobError, FailedSubmissionError) as error:
+            shutil.rmtree(job.folder)
+            raise SlurmError(_explain(error)) from None
+        return 0
+
+    def _executor(self, job: Job) -> _Executor:
+        executor = _Executor(job.folder, self._body(job))
+        limits = {"time": self.minutes, "nodes": self.nodes, "ntasks_per_node": self._tasks()}
+        signal = {"signal": f"{STOP_SIGNAL}@{self.signal_lead_s}"}
+        requeue = {"requeue" if self.restart == "requeue" else "no-requeue": True}
+        output = {"output": str(job.folder / "%j.log")}
+        extra = {name: True if value == "true" else value for name, value in self.sbatch.items()}
+        executor.update_parameters(
+            **limits,
+            job_name=job.name,
+            partition=self.partition,
+            account=self.account,
+            qos=self.qos,
+            gpus_per_node=self.gpus_per_node,
+            cpus_per_task=self.cpus_per_rank,
+            mem=f"{round(self.mem_gb * 1024)}M" if self.mem_gb else None,
+            constraint=self.constraint,
+            exclude=self.exclude,
+            exclusive=self.exclusive or None,
+            setup=self.setup or None,
+            wckey=None,
+            stderr_to_stdout=True,
+            use_srun=False,  # batch.sh has one of its own
+            additional_parameters=signal | requeue | output | extra,
+        )
+        return executor
+
+    def _tasks(self) -> int:
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    def _body(self, job: Job) -> str:
+        """The batch script below its #SBATCH lines: what batch.sh has to know, then batch.sh."""
+        cpus = [f"--cpus-per-task={self.cpus_per_rank}"] if self.cpus_per_rank else []
+        python = self.python or shlex.quote(sys.executable)
+        known = [
+            f"logs={shlex.quote(str(job.logs))}",
+            f"policy={self.restart}",
+            f"max_restarts={self.restarts}",
+            f"threads={self.cpus_per_rank or 1}",
+            f"srun_arguments=({shlex.join([*cpus, *self.srun])})",
+            f"rank=({python} {shlex.join(job.arguments)})",
+        ]
+        return "\n".join([*known, "", BATCH.read_text()])
+
+
+class SlurmError(Exception):
+    """SLURM did not take the job. The message is one line: SLURM's own words, and what to do."""
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's executor for a shell command in the place of a pickled call."""
+
+    def __init__(self, folder: Path, command: str) -> None:
+        super().__init__(folder)
+        self._command = command
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Usable also where SLURM is not: a script can be shown there, and sbatch says itself that it is missing."""
+        return 2
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return self._command
+
+    def script(self) -> str:
+        return self._make_submission_file_text(self._command, uid="")
+
+    def queue(self) -> str:
+        return str(self._submit_command(self._command).job_id)
+
+
+REMEDIES = {
+    "no such file or directory: 'sbatch'": "run it where SLURM's commands are, or use launcher.kind=local",
+    "partition": "set launcher.partition; `sinfo` lists those of this cluster",
+    "account": "set launcher.account; `sacctmgr show associations user=$USER` lists yours",
+    "qos": "set launcher.qos; `sacctmgr show qos` lists those of this cluster",
+    "time limit": "lower launcher.minutes; `sinfo` shows the limit of each partition",
+    "node count": "lower launcher.nodes; `sinfo` shows the size of each partition",
+    "node configuration": "no node has the cores, GPUs or memory that launcher asks for: see `sinfo -N -l`",
+    "contact": "SLURM's controller does not answer: try again later, `scontrol ping` tells",
+}
+
+
+def _explain(error: Exception) -> str:
+    words = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    fitting = [remedy for words_of, remedy in REMEDIES.items() if words_of in words.lower()]
+    return f"{words} -> {fitting[0]}" if fitting else f"sbatch refused the job: {words}"
