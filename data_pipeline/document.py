@@ -1,0 +1,21 @@
+"""The one thing that flows through the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from.
+
+    `id` is unique in its corpus and the same in every run; `source` is the corpus; `uri` is where a person finds it.
+    `meta` carries "input" (the file, as the plan lists it), "offset" (where it begins there: a byte, or for a packed
+    file the byte at which its packed member begins) and, where known, "language" and "title".
+    """
+
+    text: str
+    id: str
+    source: str
+    uri: str
+    meta: dict[str, str | int] = field(default_factory=dict)

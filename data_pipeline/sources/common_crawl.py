@@ -1,0 +1,200 @@
+"""Common Crawl: WARC (what the servers sent) and WET (text that Common Crawl took from it), packed or not.
+
+    https://iipc.github.io/warc-specifications/specifications/warc-format/warc-1.1/
+    https://commoncrawl.org/get-started
+
+A web page that was answered with 200 becomes a document: of its HTML the main text, without navigation, as resiliparse
+finds it. Each gzip member is read by itself, so a record with a wrong length spoils no other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, ClassVar, Literal, cast
+
+from configs import Section
+from data_pipeline.document import Document
+from data_pipeline.sources.inputs import (
+    MAX_DOCUMENT_BYTES,
+    Damage,
+    Input,
+    Member,
+    OnDamage,
+    Reading,
+    decoded,
+    find_inputs,
+    is_content_error,
+    members,
+)
+
+PAGES = ("text/html", "application/xhtml+xml")
+
+
+class CommonCrawl(Section):
+    """WARC or WET files: files, folders or patterns of `.warc.gz`, `.warc.wet.gz`, `.warc`, `.wet`."""
+
+    kind: Literal["common_crawl"] = "common_crawl"
+    paths: list[str]
+    on_damage: OnDamage = "skip"
+
+    version: ClassVar[int] = 1  # raised when the same file would give other text
+
+    def inputs(self) -> list[Input]:
+        """The files, sorted by name. Raises ConfigError where a path leads to none."""
+        return find_inputs(self.paths, (".warc.gz", ".warc.wet.gz", ".wet.gz", ".warc", ".wet"))
+
+    def can_split(self, input: Input) -> bool:
+        """Whether ranges of its bytes can be read by themselves."""
+        return False
+
+    def text_bytes(self, input: Input) -> float:
+        """About how many bytes of text an input gives (Common Crawl's own files: a tenth of packed WARC, WET 2.5)."""
+        packed = input.name.endswith(".gz")
+        if ".wet" in input.name:
+            return input.size * (2.5 if packed else 0.95)
+        return input.size * (0.3 if packed else 0.06)
+
+    def read(self, reading: Reading) -> Iterator[Document]:
+        """The pages of a file, in its order."""
+        try:
+            for member in members(reading):
+                yield from _documents(member, reading)
+        except Damage as damage:
+            reading.damaged(damage)
+
+
+def _documents(member: Member, reading: Reading) -> Iterator[Document]:
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+    kinds = WarcRecordType.response | WarcRecordType.conversion
+    place, records, end = member.offset, 0, _End(member)
+    held: Document | None = None  # until what follows shows that it was not cut off
+    try:
+        stream = cast(BinaryIO, end)
+        for record in ArchiveIterator(stream, record_types=WarcRecordType.any_type, parse_http=True, auto_decode="all"):
+            if held is not None:
+                yield held
+                held = None
+            records += 1
+            place = member.offset + (0 if member.packing else record.stream_pos)
+            if record.record_type & kinds:
+                held = _document(record, place, reading)
+    except OSError as error:
+        if not is_content_error(error):
+            raise
+        if member.packing is None:
+            raise Damage(place, f"not a WARC record ({error})") from None
+        reading.put_aside("damaged record", f"member at byte {place}")
+    whole = end.last.endswith(b"\r\n\r\n") or end.last.endswith(b"\n\n")
+    if held is not None and whole:
+        yield held
+    if member.packing is None and end.last and not (whole and records):
+        raise Damage(place, "the file ends inside this record" if records else "not a WARC file")
+
+
+class _End:
+    """A stream that remembers its last bytes: a record that is whole ends with two line ends."""
+
+    def __init__(self, member: Member) -> None:
+        self.member, self.last, self.position = member, b"", 0
+
+    def read(self, size: int) -> bytes:
+        data = self.member.read(size)
+        self.last = (self.last + data)[-4:]
+        self.position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self.position
+
+
+def _document(record: Any, offset: int, reading: Reading) -> Document | None:
+    """A response's or conversion's text, or None (counted) for what is not a page."""
+    uri = record.headers.get("WARC-Target-URI", "").strip("<>")
+    name = (record.record_id or "").strip("<>") or f"{reading.part.input.name}:{offset}"
+    meta: dict[str, str | int] = {"input": reading.part.input.name, "offset": offset}
+    if record.content_length > MAX_DOCUMENT_BYTES:
+        reading.put_aside("record too large", name)
+        return None
+    if record.http_headers is None:
+        return Document(decoded(record.reader.read()), name, reading.source, uri, meta)
+    if record.http_headers.status_code != 200:
+        reading.set_aside["status not 200"] += 1
+        return None
+    if (record.http_content_type or "").lower() not in PAGES:
+        reading.set_aside["not HTML"] += 1
+        return None
+    try:
+        body = record.reader.read(MAX_DOCUMENT_BYTES)
+        text = main_text(page_text(body, record.http_charset))
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        reading.put_aside(f"unreadable page ({type(error).__name__})", name)
+        return None
+    return Document(text, name, reading.source, uri, meta)
+
+
+def page_text(body: bytes, declared: str | None) -> str:
+    """HTML bytes as text. The charset is the header's or the page's own where it fits its bytes, else it is guessed.
+
+    The header comes first, then <meta>, as in https://html.spec.whatwg.org/#determining-the-character-encoding.
+    """
+    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+    if body.startswith(b"\xef\xbb\xbf"):
+        return body[3:].decode("utf-8", "replace")
+    named = map_encoding_to_html5(declared, fallback_utf8=False) if declared else None
+    best, bad = "", len(body) + 1
+    for charset in _charsets(named, body, detect_encoding):
+        text = body.decode(charset, "replace")
+        wrong = text.count("\ufffd")
+        if wrong * 1000 <= len(body):  # a cut-off page ends with a broken character
+            return text
+        if wrong < bad:
+            best, bad = text, wrong
+    return best
+
+
+def _charsets(named: str | None, body: bytes, detect: Callable[..., str | None]) -> Iterator[str]:
+    """Those to try, the likeliest first."""
+    if named is not None:
+        yield named
+    yield detect(body, from_html_meta=True) or "utf-8"
+    yield detect(body) or "utf-8"
+
+
+def main_text(html: str) -> str:
+    """The main text of a page: paragraphs, headings and list items as lines. Raises ValueError for a hostile page."""
+    from resiliparse.extract import html2text
+
+    if nested_deeper(html, MAX_DEPTH):
+        raise ValueError(f"elements nested deeper than {MAX_DEPTH}")
+    extract: Callable[..., str] = html2text.extract_plain_text
+    return extract(html, main_content=True, preserve_formatting=True, alt_texts=False)
+
+
+MAX_DEPTH = 2000  # the extractor's time grows with the square of the depth; browsers stop at 512
+_STEP = 8192  # characters
+_NESTING_TAG = re.compile(
+    r"<(/?)(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr|p|li|dd|dt|td|th|tr|option)\b)[a-z]",
+    re.I,
+)
+
+
+def nested_deeper(html: str, limit: int) -> bool:
+    """Whether elements are nested deeper than `limit`; looked at closely only where many more open than close."""
+    depth = 0
+    for i in range(0, len(html), _STEP):
+        depth += html.count("<", i, i + _STEP) - 2 * html.count("</", i, i + _STEP)
+        if depth > limit:
+            break
+    else:
+        return False
+    depth = 0
+    for tag in _NESTING_TAG.finditer(html):
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        if depth > limit:
+            return True
+    return False
