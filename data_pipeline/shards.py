@@ -419,7 +419,7 @@ def _generation(format: Format, head: dict[str, Any], rows: list[dict[str, Any]]
     """Totals and identity of one generation. The identity changes when any token or its place does."""
     identity = [FORMAT_VERSION, format.block_tokens, format.vocab_size, format.dtype.name, head.get("tokenizer_sha256")]
     identity += [[r["slice"], r["name"], r["blocks"], r["hash"]] for r in rows]
-    totals = {
+    totals: dict[str, Any] = {
         split: {
             k: sum(r[k] for r in rows if r["split"] == split)
             for k in ("blocks", "tail_tokens", "tokens", "documents", "bytes")

@@ -1,0 +1,487 @@
+"""Checkpoints: whole or absent, verified when loaded, loadable by any engine on any number of ranks.
+
+    checkpoints/step-<step>.b<branch>/
+        rank-<r>-of-<w>.bin     raw little-endian tensors: every owned fragment of one kind, then of the next
+        rank-<r>-of-<w>.json    where each fragment lies; size; xxh3-128 of the file and of each 4 MiB chunk
+        MANIFEST.json           position, lineage, identity, every file with size and hash; written last
+
+Each rank copies its fragments into one reused host buffer (all that training waits for); a thread writes, hashes and
+syncs them, then the rank's JSON. Rank 0's thread waits for the JSON of every rank, writes the manifest, renames the
+folder and syncs its parent. No collective runs in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from pydantic import Field
+from torch import Tensor
+
+from configs import ConfigError, Float, Int, Section
+from data_pipeline.shards import HashedFile, sync_folder, write_durably
+from pretrain.engine.state import MASTER, Fragment, State
+from pretrain.lineage import Lineage
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 4 * 2**20
+PEER_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files
+NAME = re.compile(r"step-(\d+)\.b(\d+)")
+
+
+class Damaged(Exception):
+    """A checkpoint whose bytes are not those that were committed. One line: file, what is wrong."""
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written. One line: file, what is wrong."""
+
+
+class Checkpoints(Section):
+    """When checkpoints are saved, and which stay."""
+
+    save_every_steps: Int = Field(default=1000, gt=0)
+    keep_last: Int = Field(default=3, gt=0)
+    keep_every_steps: Int | None = Field(default=None, gt=0)  # kept for good
+    on_error: Literal["stop", "go_on"] = "stop"  # what a failed save does to the run
+    peer_timeout_s: Float = Field(default=PEER_TIMEOUT_S, gt=0)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: three numbers that are all kept, and the digest of every sample fed so far."""
+
+    step: int
+    samples: int
+    tokens: int
+    digest: str  # 32 hex digits
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A committed checkpoint: its folder, its manifest, and the sha256 of the manifest's bytes."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    manifest_hash: str
+
+    @property
+    def position(self) -> Position:
+        return Position(**self.manifest["position"])
+
+    @property
+    def branch(self) -> int:
+        return int(self.manifest["branch"])
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def folder_name(step: int, branch: int) -> str:
+    return f"step-{step}.b{branch}"
+
+
+def all_checkpoints(run_folder: Path) -> list[tuple[int, int, Path]]:
+    """(step, branch, folder) of every committed checkpoint, dead ones too, newest step first."""
+    found = []
+    for path in (run_folder / "checkpoints").glob("step-*"):
+        match = NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), int(match[2]), path))
+    return sorted(found, reverse=True)
+
+
+def live_checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints of the live lineage, newest first."""
+    found = all_checkpoints(run_folder)
+    alive: list[tuple[int, int, Path]] = []
+    for number, limit in Lineage(run_folder).live():
+        alive += [(s, b, path) for s, b, path in found if b == number and (limit is None or s <= limit)]
+    return [path for _, _, path in sorted(alive, reverse=True)]
+
+
+def open_checkpoint(folder: Path, expected_hash: str | None = None) -> Committed:
+    """Read and check a checkpoint's manifest. Raises Damaged; an I/O error other than absence stays what it is."""
+    path = folder / "MANIFEST.json"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(f"{path}: missing") from None
+    found = hashlib.sha256(data).hexdigest()
+    if expected_hash is not None and found != expected_hash:
+        raise Damaged(f"{path}: hash {found[:12]} is not the {expected_hash[:12]} that was agreed on")
+    try:
+        manifest = json.loads(data)
+        claimed = manifest["sha256"]
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{path}: not a manifest") from None
+    if claimed != _self_hash(manifest):
+        raise Damaged(f"{path}: damaged (its own hash differs)")
+    if version > FORMAT_VERSION:
+        raise ConfigError(f"{path}: format {version} is newer than this code's {FORMAT_VERSION}; update longhaul")
+    for name, file in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder / name}: missing")
+        if (size := (folder / name).stat().st_size) != file["bytes"]:
+            raise Damaged(f"{folder / name}: {size} bytes, expected {file['bytes']}")
+    return Committed(folder, manifest, found)
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every byte of a checkpoint; one line per damage, nothing when it is whole."""
+    try:
+        committed = open_checkpoint(folder)
+    except Damaged as error:
+        return [str(error)]
+    return [
+        f"{folder / name}: damaged (hash differs)"
+        for name, file in committed.manifest["files"].items()
+        if _file_hash(folder / name) != file["hash"]
+    ]
+
+
+def _self_hash(manifest: dict[str, Any]) -> str:
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Saves one rank's part in the background, one save in flight; on rank 0 it also commits and retires.
+
+    `on_commit(committed)`, `on_removed(folder)` and `on_failed(step, reason)` are called on rank 0, from the thread.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        settings: Checkpoints,
+        branch: int,
+        rank: int,
+        ranks: int,
+        facts: dict[str, Any],
+        on_commit: Callable[[Committed], None] = lambda committed: None,
+        on_removed: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        self.root = run_folder / "checkpoints"
+        self.lineage, self.settings, self.branch = Lineage(run_folder), settings, branch
+        self.rank, self.ranks, self.facts = rank, ranks, facts
+        self.on_commit, self.on_removed = on_commit, on_removed
+        self.last_step: int | None = None  # of the save begun last
+        self._buffer: Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, state: State, position: Position, digest_share: int) -> float:
+        """Snapshot, and write in the background; seconds that the caller was held up.
+
+        `position.digest` is the digest at the attempt's start; every rank adds its `digest_share` through its file.
+        """
+        self.wait()
+        begun = time.perf_counter()
+        record = self._snapshot(state)
+        record |= {"digest_share": f"{digest_share:032x}", "steps": state.steps}
+        held_up = time.perf_counter() - begun
+        self.last_step = position.step
+        self._thread = threading.Thread(target=self._run, args=(record, position), name="longhaul-save", daemon=True)
+        self._thread.start()
+        return held_up
+
+    def poll(self) -> Exception | None:
+        """The error of the last save, once; None while it runs or when it went well."""
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        error, self._error = self._error, None
+        return error
+
+    def wait(self) -> None:
+        """Wait for the save in flight. Raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if (error := self.poll()) is not None:
+            raise error
+
+    def _snapshot(self, state: State) -> dict[str, Any]:
+        kinds = list(state.flats[0]) if state.flats else [MASTER]
+        fragments: list[dict[str, Any]] = [
+            {"name": f.name, "shape": list(state.shapes[f.name]), "start": f.start, "numel": f.numel, "at": {}}
+            for f in state.owned
+        ]
+        size = 4 * sum(f.numel for f in state.owned) * len(kinds)
+        on_gpu = any(t.is_cuda for flat in state.flats for t in flat.values())
+        if self._buffer is None or self._buffer.numel() != size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        position = 0
+        for kind in kinds:
+            for fragment, entry in zip(state.owned, fragments, strict=True):
+                source = state.flats[fragment.flat][kind][fragment.offset : fragment.offset + fragment.numel]
+                assert source.dtype == torch.float32, f"{fragment.name}: {kind} is {source.dtype}"
+                target = self._buffer[position : position + 4 * fragment.numel].view(torch.float32)
+                target.copy_(source, non_blocking=on_gpu)
+                entry["at"][kind] = position
+                position += 4 * fragment.numel
+        if on_gpu:
+            torch.cuda.synchronize()
+        return {"kinds": kinds, "fragments": fragments}
+
+    def _run(self, record: dict[str, Any], position: Position) -> None:
+        folder = self.root / f".tmp-{folder_name(position.step, self.branch)}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder, record)
+            if self.rank == 0:
+                committed = self._commit(folder, position)
+                self.on_commit(committed)
+                self._retire()
+        except OSError as error:
+            path = error.filename or folder
+            self._error = SaveError(f"{path}: {error.strerror or error}: checkpoint of step {position.step} not saved")
+            shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
+            self._error = error
+
+    def _write(self, folder: Path, record: dict[str, Any]) -> None:
+        assert self._buffer is not None
+        stem = f"rank-{self.rank}-of-{self.ranks}"
+        data = memoryview(self._buffer.numpy().data)
+        chunks = []
+        with (folder / f"{stem}.bin").open("wb", buffering=0) as raw:
+            file = HashedFile(raw)
+            for begin in range(0, len(data), CHUNK_BYTES):
+                chunk = data[begin : begin + CHUNK_BYTES]
+                chunks.append(xxhash.xxh3_128_hexdigest(chunk))
+                written = 0
+                while written < len(chunk):  # a raw write may be short when the disk fills up
+                    written += raw.write(chunk[written:])
+                file.hash.update(chunk)
+                file.size += len(chunk)
+            os.fsync(raw.fileno())
+        record |= {"bytes": file.size, "hash": file.hash.hexdigest(), "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
+        write_durably(folder / f"{stem}.json", json.dumps(record).encode())
+
+    def _commit(self, folder: Path, position: Position) -> Committed:
+        stems = [f"rank-{r}-of-{self.ranks}" for r in range(self.ranks)]
+        self._await_peers(folder, stems)
+        files, digest = {}, int(position.digest, 16)
+        for stem in stems:
+            data = (folder / f"{stem}.json").read_bytes()
+            record = json.loads(data)
+            digest = (digest + int(record["digest_share"], 16)) % 2**128
+            files[f"{stem}.json"] = {"bytes": len(data), "hash": xxhash.xxh3_128_hexdigest(data)}
+            files[f"{stem}.bin"] = {"bytes": record["bytes"], "hash": record["hash"]}
+            if (size := (folder / f"{stem}.bin").stat().st_size) != record["bytes"]:
+                raise SaveError(f"{folder / stem}.bin: {size} bytes after writing {record['bytes']}")
+        manifest = {
+            "format": FORMAT_VERSION,
+            "position": asdict(Position(position.step, position.samples, position.tokens, f"{digest:032x}")),
+            "branch": self.branch,
+            "world_size": self.ranks,
+            "time": time.time(),
+            "files": files,
+            **self.facts,
+        }
+        manifest["sha256"] = _self_hash(manifest)
+        data = json.dumps(manifest, indent=1).encode()
+        write_durably(folder / "MANIFEST.json", data)
+        self.lineage.check(self.branch)
+        final = self.root / folder_name(position.step, self.branch)
+        folder.rename(final)
+        sync_folder(self.root)
+        return Committed(final, manifest, hashlib.sha256(data).hexdigest())
+
+    def _await_peers(self, folder: Path, stems: list[str]) -> None:
+        deadline = time.monotonic() + self.settings.peer_timeout_s
+        while missing := [stem for stem in stems if not (folder / f"{stem}.json").is_file()]:
+            if time.monotonic() > deadline:
+                raise SaveError(f"{folder}: {', '.join(missing)} not written in {self.settings.peer_timeout_s:.0f} s")
+            self.lineage.check(self.branch)
+            time.sleep(0.02)
+
+    def _retire(self) -> None:
+        """Remove what retention no longer keeps. What was just committed, and so verified, always stays."""
+        run_folder = self.root.parent
+        live = live_checkpoints(run_folder)
+        kept = set(live[: self.settings.keep_last])
+        every = self.settings.keep_every_steps
+        for step, branch, path in all_checkpoints(run_folder):
+            for_good = every is not None and step > 0 and step % every == 0 and path in live
+            if path not in kept and not for_good and branch <= self.branch:
+                remove(path)
+                self.on_removed(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, then its bytes, so that a kill in between leaves nothing half."""
+    doomed = folder.with_name(f".del-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(run_folder: Path) -> None:
+    """Remove what killed saves and deletions left. Only the attempt that has just taken its branch may call this."""
+    for path in (run_folder / "checkpoints").glob(".*"):
+        if path.name.startswith((".tmp-", ".del-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(committed: Committed, state: State) -> None:
+    """Fill a rank's flat tensors and step counts from a checkpoint, hashing every chunk it reads.
+
+    Raises Damaged on any difference, ConfigError where the parameters are others.
+    """
+    world = committed.manifest["world_size"]
+    parts: dict[str, list[_Saved]] = {}
+    shapes: dict[str, list[int]] = {}
+    steps: dict[str, float] = {}
+    files = []
+    for rank in range(world):
+        file = _RankFile(committed, rank, world)
+        files.append(file)
+        steps |= file.record["steps"]
+        for entry in file.record["fragments"]:
+            parts.setdefault(entry["name"], []).append(_Saved(entry["start"], entry["numel"], entry["at"], file))
+            shapes[entry["name"]] = entry["shape"]
+    _check_shapes(committed.folder, shapes, {n: list(s) for n, s in state.shapes.items()})
+    for name, saved in parts.items():
+        _check_tiling(committed.folder, name, sorted(saved, key=lambda s: s.start), shapes[name])
+    for flat in state.flats:
+        for tensor in flat.values():
+            tensor.zero_()  # padding must be finite
+    try:
+        for fragment in state.held:
+            for part in parts[fragment.name]:
+                _copy(part, fragment, state.flats[fragment.flat])
+    finally:
+        for file in files:
+            file.close()
+    state.steps = {name: steps[name] for name in state.steps}
+
+
+def read_weights(committed: Committed) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor of its full shape) of every parameter of a checkpoint, verified, one at a time."""
+    world = committed.manifest["world_size"]
+    files = [_RankFile(committed, rank, world) for rank in range(world)]
+    try:
+        entries = [(entry, file) for file in files for entry in file.record["fragments"]]
+        shapes = {entry["name"]: entry["shape"] for entry, _ in entries}
+        for name, shape in shapes.items():
+            tensor = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
+            for entry, file in entries:
+                if entry["name"] == name:
+                    part = _Saved(entry["start"], entry["numel"], entry["at"], file)
+                    _copy(part, Fragment(name, 0, tensor.numel(), 0, 0), {MASTER: tensor})
+            yield name, tensor.view(shape)
+    finally:
+        for file in files:
+            file.close()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A saved fragment: the range it covers, and where each kind lies in its file."""
+
+    start: int
+    numel: int
+    at: dict[str, int]
+    file: _RankFile
+
+
+def _copy(saved: _Saved, wanted: Fragment, flat: dict[str, Tensor]) -> None:
+    """Copy what two ranges of one parameter share, for every kind that the target holds."""
+    begin = max(saved.start, wanted.start)
+    count = min(saved.start + saved.numel, wanted.start + wanted.numel) - begin
+    if count <= 0:
+        return
+    for kind, target in flat.items():
+        if kind not in saved.at:
+            raise Damaged(f"{saved.file.path}: holds no {kind} of {wanted.name}")
+        data = saved.file.read(saved.at[kind] + 4 * (begin - saved.start), 4 * count)
+        offset = wanted.offset + begin - wanted.start
+        target[offset : offset + count].copy_(torch.frombuffer(data, dtype=torch.float32))
+
+
+def _check_shapes(folder: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{folder}: parameter {name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} in "
+                f"this model"
+            )
+
+
+def _check_tiling(folder: Path, name: str, saved: list[_Saved], shape: list[int]) -> None:
+    position = 0
+    for part in saved:
+        if part.start != position:
+            raise Damaged(f"{folder}: parameter {name}: elements {position} to {part.start} are in no file, or in two")
+        position += part.numel
+    if position != torch.Size(shape).numel():
+        raise Damaged(f"{folder}: parameter {name}: {position} elements of {torch.Size(shape).numel()}")
+
+
+class _RankFile:
+    """One rank's file, read by chunks that are verified before any of their bytes are used."""
+
+    def __init__(self, committed: Committed, rank: int, world: int) -> None:
+        stem = f"rank-{rank}-of-{world}"
+        data = (committed.folder / f"{stem}.json").read_bytes()
+        if xxhash.xxh3_128_hexdigest(data) != committed.manifest["files"][f"{stem}.json"]["hash"]:
+            raise Damaged(f"{committed.folder / stem}.json: damaged (hash differs)")
+        self.record: dict[str, Any] = json.loads(data)
+        self.path = committed.folder / f"{stem}.bin"
+        self._descriptor: int | None = None
+        self._held: tuple[int, bytes] = (-1, b"")
+
+    def read(self, offset: int, size: int) -> bytearray:
+        data, step = bytearray(size), self.record["chunk_bytes"]
+        position = offset
+        while position < offset + size:
+            number, inside = divmod(position, step)
+            chunk = self._chunk(number)
+            part = chunk[inside : inside + offset + size - position]
+            data[position - offset : position - offset + len(part)] = part
+            position += len(part)
+        return data
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _chunk(self, number: int) -> bytes:
+        if self._held[0] != number:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            step = self.record["chunk_bytes"]
+            chunk = os.pread(self._descriptor, step, number * step)
+            if xxhash.xxh3_128_hexdigest(chunk) != self.record["chunks"][number]:
+                raise Damaged(f"{self.path}: damaged between byte {number * step} and {number * step + len(chunk)}")
+            self._held = (number, chunk)
+        return self._held[1]

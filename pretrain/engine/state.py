@@ -1,0 +1,88 @@
+"""What a checkpoint needs of an engine: fp32 masters and optimizer moments as named ranges of parameters.
+
+An engine holds flat 1-D tensors; a fragment says which range of which parameter lies where in them. Any engine, stage
+or number of ranks can load what any other wrote, because both speak of (parameter name, range), never of partitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MASTER = "fp32"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did on one rank."""
+
+    loss: float  # this rank's share of the step's mean loss: the sum over ranks is the mean
+    grad_norm: float  # of the whole gradient, before clipping
+    applied: bool  # False: the gradient was not finite, and the weights are as before
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of a flattened parameter, and where it lies in a rank's flat tensors."""
+
+    name: str
+    start: int  # in the flattened parameter
+    numel: int
+    flat: int  # index into State.flats
+    offset: int  # in that flat tensor
+
+
+@dataclass
+class State:
+    """One rank's part of the training state.
+
+    `flats[i]` maps a kind (fp32, exp_avg, exp_avg_sq, ...) to a 1-D tensor; all kinds of a flat have one shape.
+    `held` is what the rank needs, `owned` what it writes: over all ranks the owned fragments of each parameter
+    tile it exactly. `steps` is the optimizer's own step count by parameter name.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    flats: list[dict[str, Tensor]]
+    held: list[Fragment]
+    owned: list[Fragment]
+    steps: dict[str, float] = field(default_factory=dict)
+
+
+def share(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> list[Fragment]:
+    """A rank's nearly equal share of parameters that every rank holds whole; flat i is the i-th parameter."""
+    total = sum(_numel(shape) for shape in shapes.values())
+    begin, end = total * rank // ranks, total * (rank + 1) // ranks
+    fragments, position = [], 0
+    for flat, (name, shape) in enumerate(shapes.items()):
+        numel = _numel(shape)
+        first, last = max(begin - position, 0), min(end - position, numel)
+        if first < last:
+            fragments.append(Fragment(name, first, last - first, flat, first))
+        position += numel
+    return fragments
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """The flat tensors of one master parameter, its moments created as AdamW would at its first step where missing."""
+    state = optimizer.state[master]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(optimizer, master))
+        state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format)
+    kinds = {MASTER: master.detach().view(-1)}
+    kinds |= {
+        k: v.view(-1) for k, v in state.items() if isinstance(v, Tensor) and v.numel() == master.numel() and v.ndim
+    }
+    return kinds
+
+
+def _step_device(optimizer: torch.optim.Optimizer, master: Tensor) -> torch.device:
+    """Where torch's AdamW keeps a parameter's step count: beside it when fused or capturable, else on the host."""
+    group = optimizer.param_groups[0]
+    return master.device if group.get("fused") or group.get("capturable") else torch.device("cpu")

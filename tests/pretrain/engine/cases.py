@@ -1,0 +1,122 @@
+"""A small model, its batches, and the runs of it that the engine tests compare. Importable by rank processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import build
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoints, Position, Saver
+from pretrain.engine import Engine
+from pretrain.engine.plain import Torch
+from pretrain.engine.state import MASTER
+from pretrain.engine.zero import DeepSpeed
+from pretrain.lineage import Lineage
+from pretrain.models.gpt import Gpt
+from pretrain.models.weights import initialize
+from pretrain.objectives import Batch, NextToken
+from pretrain.optim import AdamW
+from pretrain.ranks import Ranks
+
+# width 62: at 3 and 4 ranks ZeRO's partitions are padded
+MODEL = Gpt(layers=3, width=62, heads=2, context=64, vocab_size=509)
+OPTIM = AdamW(lr_peak=1e-3)
+GLOBAL_ROWS, LENGTH = 12, 32
+
+
+def settings(kind: str, precision: str, stage: int = 1, **more: Any) -> Torch | DeepSpeed:
+    if kind == "torch":
+        return build(Torch, {"precision": precision, **more}, "test")
+    return build(DeepSpeed, {"precision": precision, "zero_stage": stage, **more}, "test")
+
+
+def make(ranks: Ranks, engine: Torch | DeepSpeed) -> Engine:
+    model = MODEL.build()
+    initialize(model, seed=1)
+    return engine.build(model, OPTIM, ranks)
+
+
+def batches(ranks: Ranks, step: int, micro_rows: int) -> list[Batch]:
+    """This rank's micro-batches of a step: the same rows over all ranks, whatever their number."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(MODEL.vocab_size, (GLOBAL_ROWS, LENGTH + 1), generator=generator)
+    mine = rows[GLOBAL_ROWS * ranks.rank // ranks.size : GLOBAL_ROWS * (ranks.rank + 1) // ranks.size]
+    count = -(-GLOBAL_ROWS // ranks.size)
+    filler = torch.zeros(-(-count // micro_rows) * micro_rows - len(mine), LENGTH + 1, dtype=torch.int64)
+    valid = torch.tensor([LENGTH] * len(mine) + [0] * len(filler))
+    whole = torch.cat([mine, filler])
+    parts = zip(whole.split(micro_rows), valid.split(micro_rows), strict=True)
+    return [NextToken().batch(tokens.to(ranks.device), v.to(ranks.device)) for tokens, v in parts]
+
+
+def train(ranks: Ranks, engine: Engine, steps: range, micro_rows: int = 2) -> list[float]:
+    """The mean loss of each step, over all ranks."""
+    losses = []
+    for step in steps:
+        outcome = engine.step(batches(ranks, step, micro_rows), GLOBAL_ROWS * LENGTH, lr=1e-3 * (step + 1) / 4)
+        assert outcome.applied
+        losses.append(float(ranks.sum(torch.tensor(outcome.loss, dtype=torch.float64))))
+    return losses
+
+
+def losses(ranks: Ranks, engine: Torch | DeepSpeed, steps: int, micro_rows: int = 2) -> list[float]:
+    return train(ranks, make(ranks, engine), range(steps), micro_rows)
+
+
+def gathered(ranks: Ranks, engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter's master and moments, whole, by `name/kind`."""
+    state = engine.state()
+    whole = {f"{n}/{k}": torch.zeros(torch.Size(s).numel()) for n, s in state.shapes.items() for k in state.flats[0]}
+    for f in state.owned:
+        for kind, flat in state.flats[f.flat].items():
+            whole[f"{f.name}/{kind}"][f.start : f.start + f.numel] += flat[f.offset : f.offset + f.numel].cpu()
+    return {key: ranks.sum(value) for key, value in whole.items()}
+
+
+def save_and_go_on(ranks: Ranks, engine: Torch | DeepSpeed, folder: Path) -> dict[str, Any]:
+    """Three steps, a checkpoint, three more steps: the state at the checkpoint, the later losses, the last state."""
+    live = make(ranks, engine)
+    train(ranks, live, range(3))
+    if ranks.rank == 0:
+        Lineage(folder).take(None, 0, None, "test")
+    ranks.barrier()
+    saver = Saver(folder, Checkpoints(), 1, ranks.rank, ranks.size, {})
+    at_save = gathered(ranks, live)
+    saver.save(live.state(), Position(3, 3 * GLOBAL_ROWS, 0, "0" * 32), digest_share=1)
+    later = train(ranks, live, range(3, 6))  # beside the writer
+    saver.wait()
+    ranks.barrier()
+    return {"at_save": at_save, "losses": later, "end": gathered(ranks, live)}
+
+
+def load_and_go_on(ranks: Ranks, engine: Torch | DeepSpeed, folder: Path) -> dict[str, Any]:
+    """Load that checkpoint into a fresh engine; the same facts."""
+    live = make(ranks, engine)
+    committed = checkpoint.open_checkpoint(checkpoint.live_checkpoints(folder)[0])
+    state = live.state()
+    checkpoint.load(committed, state)
+    live.loaded(state)
+    at_save = gathered(ranks, live)
+    weights = {n: p.detach().float().cpu() for n, p in live.module.named_parameters()} if ranks.size == 1 else {}
+    return {
+        "at_save": at_save,
+        "losses": train(ranks, live, range(3, 6)),
+        "end": gathered(ranks, live),
+        "bf16": weights,
+    }
+
+
+def skips_nan(ranks: Ranks, engine: Torch | DeepSpeed) -> tuple[list[bool], bool]:
+    """Whether each of three steps was applied when the second has a NaN weight, and whether all masters are finite."""
+    live = make(ranks, engine)
+    applied = []
+    for step in range(3):
+        fed = batches(ranks, step, 2)
+        if step == 1:
+            fed[0] = fed[0]._replace(weights=fed[0].weights * float("nan"))
+        applied.append(live.step(fed, GLOBAL_ROWS * LENGTH, lr=1e-3).applied)
+    finite = all(bool(v.isfinite().all()) for key, v in gathered(ranks, live).items() if key.endswith(MASTER))
+    return applied, finite

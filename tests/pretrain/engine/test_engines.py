@@ -1,0 +1,87 @@
+"""Every engine and stage against the torch engine, and any of them loading what any other saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import ConfigError
+from tests.pretrain.engine import cases
+from tests.processes import on_ranks
+
+LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The torch engine's losses on one rank."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {p: on_ranks(folder, 1, cases.losses, cases.settings("torch", p), 5)[0] for p in ("fp32", "bf16")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_takes_the_torch_engine_s_steps(
+    stage: int, ranks: int, precision: str, tmp_path: Path, reference: dict[str, list[float]]
+) -> None:
+    if stage == 0 and precision == "bf16":
+        pytest.skip("refused by the configuration, see test_stage_0_in_bf16_is_refused")
+    losses = on_ranks(tmp_path, ranks, cases.losses, cases.settings("deepspeed", precision, stage), 5)[0]
+    assert losses == pytest.approx(reference[precision], abs=LOSS_TOLERANCE[precision])
+
+
+def test_micro_batches_and_ranks_change_nothing(tmp_path: Path, reference: dict[str, list[float]]) -> None:
+    for ranks, rows in ((1, 12), (2, 5), (3, 3)):
+        losses = on_ranks(tmp_path, ranks, cases.losses, cases.settings("torch", "fp32"), 5, rows)[0]
+        assert losses == pytest.approx(reference["fp32"], abs=LOSS_TOLERANCE["fp32"])
+
+
+def test_stage_0_in_bf16_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero_stage 0 with bf16 trains wrong in DeepSpeed: .*; use zero_stage 1"):
+        cases.settings("deepspeed", "bf16", 0)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_a_gradient_that_is_not_finite_is_skipped(kind: str, stage: int, tmp_path: Path) -> None:
+    settings = cases.settings(kind, "fp32", stage)
+    assert on_ranks(tmp_path, 2, cases.skips_nan, settings)[0] == ([True, False, True], True)
+
+
+# saved by -> loaded by: engine, precision, stage, ranks. The first row of a pair of equals resumes to the last bit.
+SAVED_AND_LOADED = [
+    (("torch", "fp32", 0, 2), ("torch", "fp32", 0, 2)),
+    (("torch", "bf16", 0, 2), ("deepspeed", "bf16", 1, 2)),
+    (("deepspeed", "fp32", 1, 2), ("deepspeed", "fp32", 1, 2)),
+    (("deepspeed", "bf16", 1, 2), ("deepspeed", "bf16", 1, 2)),
+    (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 2)),
+    (("deepspeed", "bf16", 3, 2), ("deepspeed", "bf16", 3, 2)),
+    (("deepspeed", "fp32", 1, 2), ("deepspeed", "fp32", 1, 1)),
+    (("deepspeed", "fp32", 1, 1), ("deepspeed", "fp32", 1, 2)),
+    (("deepspeed", "fp32", 1, 2), ("deepspeed", "fp32", 1, 3)),
+    (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 1)),
+    (("deepspeed", "fp32", 3, 1), ("deepspeed", "fp32", 3, 2)),
+    (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 3)),
+    (("deepspeed", "bf16", 2, 2), ("deepspeed", "bf16", 3, 3)),
+    (("deepspeed", "bf16", 3, 3), ("torch", "bf16", 0, 1)),
+    (("torch", "fp32", 0, 1), ("deepspeed", "fp32", 0, 2)),
+]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), SAVED_AND_LOADED)
+def test_any_engine_on_any_ranks_loads_any_checkpoint(
+    saved: tuple[str, str, int, int], loaded: tuple[str, str, int, int], tmp_path: Path
+) -> None:
+    kind, precision, stage, ranks = saved
+    before = on_ranks(tmp_path, ranks, cases.save_and_go_on, cases.settings(kind, precision, stage), tmp_path)[0]
+    kind, precision, stage, ranks = loaded
+    after = on_ranks(tmp_path, ranks, cases.load_and_go_on, cases.settings(kind, precision, stage), tmp_path)[0]
+    assert before["at_save"].keys() == after["at_save"].keys()
+    for key, value in before["at_save"].items():
+        assert torch.equal(value, after["at_save"][key]), key
+    if saved == loaded:
+        assert after["losses"] == before["losses"]
+        assert all(torch.equal(value, after["end"][key]) for key, value in before["end"].items())
+    assert after["losses"] == pytest.approx(before["losses"], abs=LOSS_TOLERANCE[precision])
