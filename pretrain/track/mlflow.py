@@ -1,0 +1,503 @@
+"""Carry a run's journal to MLflow: one MLflow run per run, kept across all its attempts.
+
+Metrics go once per (metric, step), checkpoints are LoggedModels, corpora are dataset inputs, the config is parameters.
+What has been carried is noted in `RUN/track/`, but that is only a shortcut: without it everything is found again in
+MLflow itself, so a kill at any moment leaves nothing lost and nothing doubled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, Field
+
+from configs import Float, Section, flatten
+from pretrain.track.follower import Busy, cause
+from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lineage, read_journal, records_after
+from pretrain.track.mask import CREDENTIALS
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel, Metric
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "track"
+BATCH = 900  # metrics per request; MLflow takes 1,000 entries
+MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 36  # characters, MLflow's limits
+IDENTITY = "longhaul.run"  # the tag by which a run is found again
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
+STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
+
+# Ours before MLflow's own: its defaults block for minutes on a dead server, print to stdout and send usage data.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again, and knows when to
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "45",  # seconds; a server that answers after 30 still gets everything
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def check_uri(uri: str) -> str:
+    """A tracking URI in full: a database of a relative path becomes the absolute one it means now."""
+    scheme, _, rest = uri.partition("://")
+    if not rest or scheme.partition("+")[0] not in SCHEMES:
+        raise ValueError("expected sqlite:///FILE.db, http://HOST:PORT, or the URI of a PostgreSQL or MySQL database")
+    if CREDENTIALS.search(uri):
+        raise ValueError(
+            "holds a user name or password, and the config is written down in many places; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead (for a database: its driver's own file, "
+            "such as ~/.pgpass)"
+        )
+    if scheme == "sqlite":
+        return f"sqlite:///{Path(rest.removeprefix('/')).absolute()}"
+    return uri.rstrip("/")
+
+
+class Mlflow(Section):
+    """Where a run is tracked with MLflow."""
+
+    kind: Literal["mlflow"] = "mlflow"
+    uri: Annotated[str, AfterValidator(check_uri)] = "sqlite:///mlflow.db"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "longhaul"
+    artifact_location: str | None = None  # of a new experiment; default: beside the database, or what the server says
+    every_seconds: Annotated[Float, Field(gt=0)] = 5.0  # how often the journal is looked at
+    close_seconds: Annotated[Float, Field(ge=0)] = 20.0  # how long the end of a run waits for what is not yet carried
+
+    def build(self, run_folder: Path) -> MlflowTracker:
+        """The tracker of one run. Nothing is imported, opened or connected before there is something to carry."""
+        return MlflowTracker(self, run_folder)
+
+    @property
+    def database(self) -> Path | None:
+        """The sqlite file, or None."""
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:") else None
+
+    def page(self) -> str:
+        """How to look at it: the address of a server, or the command that starts one on the database."""
+        if self.uri.startswith("http"):
+            return self.uri
+        return f"mlflow server --backend-store-uri {shlex.quote(self.uri)}"
+
+
+Point = tuple[str, float, Record]  # metric, value, where it comes from
+
+
+class State(BaseModel):
+    """How far a run has been carried to one place; `RUN/track/mlflow-<place>.json`."""
+
+    format: Literal[1] = 1
+    uri: str
+    experiment: str
+    experiment_id: str | None = None
+    run_id: str | None = None
+    cursor: tuple[int, int] = Cursor()
+    marks: dict[str, int] = {}  # metric -> last step carried
+
+
+class MlflowTracker:
+    """Follows one run. `carry` may be called from several processes by turns; a file lock orders them."""
+
+    def __init__(self, config: Mlflow, run_folder: Path) -> None:
+        self.config = config
+        self.name = f"MLflow at {config.uri}"
+        self.every_seconds, self.close_seconds = config.every_seconds, config.close_seconds
+        self.metrics = 0  # carried by this object
+        self.checkpoints = 0  # events of checkpoints, likewise
+        self._run_folder = run_folder
+        place = hashlib.sha256(f"{config.uri}\n{config.experiment}".encode()).hexdigest()[:8]
+        self._state_file = run_folder / FOLDER / f"mlflow-{place}.json"
+        self._branches: dict[int, tuple[int | None, int]] = {}  # the lineage, as known so far
+        self._session: _Session | None = None
+
+    def carry(self) -> bool:
+        """Carry the next part of the journal, at most one request of metrics or one event. Whether there was one."""
+        with self._lock():
+            state = self._read_state()
+            if next(records_after(self._run_folder, Cursor(*state.cursor)), None) is None:
+                return False
+            try:
+                self._session = self._session or _Session.open(self.config, self._run_folder, state)
+                self._carry_part(self._session, state)
+            except Exception:
+                self._session = None  # what MLflow has is asked again
+                raise
+            self._write_state(state)
+            return True
+
+    def _carry_part(self, session: _Session, state: State) -> None:
+        last = self._last_steps()
+        marks = {k: max(session.marks.get(k, -1), state.marks.get(k, -1)) for k in session.marks.keys() | state.marks}
+        points: list[Point] = []
+        for record, cursor in records_after(self._run_folder, Cursor(*state.cursor)):
+            live = record.step <= last.get(record.branch, -math.inf)
+            measured = record.type in ("step", "evaluation")
+            if measured and live:
+                points += _new_points(record, marks)
+            elif points and not measured:
+                break  # first what came before this event
+            elif not measured:
+                self.checkpoints += session.event(record, live) and record.type == "checkpoint"
+            state.cursor = cursor
+            if len(points) >= BATCH or not measured:
+                break
+        self.metrics += session.log(points)
+        state.marks = session.marks = marks
+
+    def _last_steps(self) -> dict[int, float]:
+        if branch_files(self._run_folder).keys() - self._branches.keys():
+            self._branches = lineage(self._run_folder)
+        return last_steps(self._branches)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        self._state_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._state_file.with_suffix(".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"{self._state_file}: another process is carrying this run") from None
+            except OSError:
+                pass  # a file system without locks: MLflow itself refuses an equal point, so nothing is doubled
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)  # said aloud, since a forked worker may hold the file open too
+
+    def _read_state(self) -> State:
+        with contextlib.suppress(OSError, ValueError):
+            return State.model_validate_json(self._state_file.read_bytes())
+        return State(uri=self.config.uri, experiment=self.config.experiment)
+
+    def _write_state(self, state: State) -> None:
+        temporary = self._state_file.with_suffix(".tmp")
+        temporary.write_text(state.model_dump_json())
+        temporary.replace(self._state_file)
+
+
+class _Session:
+    """A connection to MLflow in which the run is known to exist and to be active."""
+
+    def __init__(self, client: MlflowClient, run: MlflowRun) -> None:
+        self.client = client
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.marks = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self._tags: dict[str, str] = dict(run.data.tags)
+        self._refused: set[str] = set()
+
+    @classmethod
+    def open(cls, config: Mlflow, run_folder: Path, state: State) -> _Session:
+        """Find the run, or make it, or bring it back where it was deleted; note it in `state`."""
+        client = _client(config)
+        run = _known_run(client, state)
+        if run is None:
+            experiment_id = _experiment(client, config)
+            run = _find_or_create_run(client, experiment_id, run_folder)
+        _restore(client, run, config)
+        state.run_id, state.experiment_id = run.info.run_id, run.info.experiment_id
+        return cls(client, run)
+
+    def log(self, points: list[Point]) -> int:
+        """Log metrics. One that is not finite is a gap in the curve (NaN), and its first one a tag."""
+        from mlflow.entities import Metric, RunTag
+
+        metrics: list[Metric] = []
+        tags: dict[str, str] = {}
+        for key, value, record in points:
+            if not math.isfinite(value) and f"nonfinite.{key}" not in self._tags:
+                tags.setdefault(f"nonfinite.{key}", f"{value} at step {record.step}, the first")
+            number = value if math.isfinite(value) else math.nan
+            metrics.append(Metric(key, number, round(record.time * 1000), record.step))
+        if metrics:
+            self._log_batch(metrics, [RunTag(key, value) for key, value in tags.items()])
+            self._tags |= tags
+        return len(metrics)
+
+    def _log_batch(self, metrics: list[Metric], tags: list[Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.log_batch(self.run_id, metrics=metrics, tags=tags)
+        except MlflowException as error:
+            if error.error_code not in REFUSED or not self._is_active():
+                raise
+            if len(metrics) > 1:
+                half = len(metrics) // 2
+                self._log_batch(metrics[:half], tags)
+                self._log_batch(metrics[half:], [])
+                return
+            if metrics[0].key not in self._refused:
+                logger.warning("MLflow refuses the metric %s: %s; it is left out", metrics[0].key, cause(error))
+            self._refused.add(metrics[0].key)
+
+    def _is_active(self) -> bool:
+        return bool(self.client.get_run(self.run_id).info.lifecycle_stage == "active")
+
+    def event(self, record: Record, live: bool) -> bool:
+        """Show an attempt, a checkpoint or an end. Whether it changed anything; a superseded one may not."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if record.type == "checkpoint":
+                return self._checkpoint(record, live)
+            if live and record.type == "attempt":
+                self._attempt(record)
+            elif live and record.type == "end":
+                self._end(record)
+            return live
+        except MlflowException as error:
+            if error.error_code not in REFUSED or not self._is_active():
+                raise
+            where = f"{record.type} at step {record.step} (branch {record.branch})"
+            logger.warning("MLflow refuses what the journal says of the %s: %s; it is left out", where, cause(error))
+            return False
+
+    def _attempt(self, record: Record) -> None:
+        """An attempt begins: the run is running; its config, corpora and facts; what older attempts left unfinished."""
+        from mlflow.entities import Param, RunTag
+
+        config = record.fields.get("config") or {}
+        run = self.client.get_run(self.run_id)
+        self.client.update_run(self.run_id, status="RUNNING", name=config.get("name"))
+        wanted = {_name(key): _text(value, MAX_PARAM) for key, value in flatten(config).items()} if config else {}
+        known = run.data.params
+        place = f"b{record.branch}, from step {record.step}"
+        tags = {
+            f"changed.{key}": f"{known[key]} -> {value} ({place})"
+            for key, value in wanted.items()
+            if key in known and known[key] != value
+        }
+        facts = {"branch": record.branch, **record.fields}
+        tags |= {f"longhaul.{key}": str(v) for key, v in facts.items() if isinstance(v, str | int | float | bool)}
+        self.client.log_batch(
+            self.run_id,
+            params=[Param(key, value) for key, value in wanted.items() if key not in known],
+            tags=[RunTag(_name(key), _text(value, MAX_TAG)) for key, value in tags.items()],
+        )
+        self._tags |= tags
+        self._close_unfinished(record)
+        self._inputs(record.fields.get("datasets") or [])
+        if config:
+            self._artifact("run.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def _inputs(self, datasets: list[dict[str, Any]]) -> None:
+        """Corpora: name, source (where it lies) and digest (hash of its manifest). One already there is not doubled."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for dataset in datasets:
+            more = {k: v for k, v in dataset.items() if k not in ("name", "source", "digest")}
+            source = json.dumps({"uri": str(dataset["source"])})
+            digest = str(dataset["digest"])
+            entity = Dataset(
+                name=str(dataset["name"])[:500],
+                digest=digest[:MAX_DIGEST],  # the whole of it stands in the profile
+                source_type="local",
+                source=source,
+                profile=json.dumps({"digest": digest, **more}, default=str),
+            )
+            inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", "train")]))
+        if inputs:
+            self.client.log_inputs(self.run_id, inputs)
+
+    def _close_unfinished(self, attempt: Record) -> None:
+        """What an earlier attempt was writing when it ended never becomes ready; what lies beyond is superseded."""
+        for state in ("pending", "ready"):
+            for model in self._models(f"tags.`{STATE}` = '{state}'"):
+                if int(model.params["branch"]) >= attempt.branch:
+                    continue
+                if state == "pending":
+                    self._fail(model)
+                elif int(model.params["step"]) > attempt.step:
+                    tags = {STATE: "superseded", "longhaul.superseded_by": f"b{attempt.branch}"}
+                    self.client.set_logged_model_tags(model.model_id, tags)
+
+    def _artifact(self, name: str, text: str) -> None:
+        """Store a small text. An artifact store that is not reachable from here does not hold up the metrics."""
+        try:
+            self.client.log_text(self.run_id, text, name)
+        except Exception as error:
+            self.client.get_run(self.run_id)  # raises where it is MLflow that is away, and then all is tried again
+            logger.warning("MLflow has no %s: its artifact store cannot be written from here: %s", name, cause(error))
+
+    def _checkpoint(self, record: Record, live: bool) -> bool:
+        """A checkpoint is a LoggedModel, its files by reference. Whether the record changed anything.
+
+        pending: PENDING; ready: READY, an output of the run at its step; failed: FAILED; removed: a tag. A superseded
+        record makes nothing new, but what it says of a known one still holds, but for ready.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        status, path = record.fields["status"], record.fields["path"]
+        name = re.sub(r"[/:.%\"']", "-", Path(path).name)  # MLflow's rule for names of models
+        model = next(iter(self._models(f"name = '{name}'")), None)
+        if model is None:
+            if not live or status in ("failed", "removed"):
+                return False
+            model = self._create_model(name, path, record)
+        state = model.tags.get(STATE)
+        if status == "ready" and live and state in ("pending", "ready"):
+            manifest_hash = record.fields.get("manifest_hash")
+            if manifest_hash and "manifest_hash" not in model.params:
+                self.client.log_model_params(model.model_id, {"manifest_hash": manifest_hash})
+            outputs = self.client.get_run(self.run_id).outputs
+            if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+                self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record.step)])
+            self.client.finalize_logged_model(model.model_id, "READY")
+            self.client.set_logged_model_tags(model.model_id, {STATE: "ready"})
+        elif status == "failed" and state == "pending":
+            self._fail(model)
+        elif status == "removed":
+            self.client.set_logged_model_tags(model.model_id, {STATE: "removed"})
+        return True
+
+    def _create_model(self, name: str, path: str, record: Record) -> LoggedModel:
+        return self.client.create_logged_model(
+            self.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            params={"step": str(record.step), "branch": str(record.branch), "path": path},
+            tags={STATE: "pending"},
+            model_type="checkpoint",
+        )
+
+    def _fail(self, model: LoggedModel) -> None:
+        self.client.finalize_logged_model(model.model_id, "FAILED")
+        self.client.set_logged_model_tags(model.model_id, {STATE: "failed"})
+
+    def _models(self, condition: str) -> list[LoggedModel]:
+        found: list[LoggedModel] = []
+        page: str | None = None
+        while True:
+            part = self.client.search_logged_models(
+                [self.experiment_id], f"source_run_id = '{self.run_id}' AND {condition}", page_token=page
+            )
+            found += part
+            page = part.token
+            if not page:
+                return found
+
+    def _end(self, record: Record) -> None:
+        """The attempt ended. One that is to be started again (3) is SCHEDULED: MLflow's word for waiting its turn."""
+        exit_code = int(record.fields["exit_code"])
+        self.client.set_tag(self.run_id, "longhaul.end", f"{exit_code}: {record.fields.get('why', '')}"[:MAX_TAG])
+        if exit_code == 3:
+            self.client.update_run(self.run_id, status="SCHEDULED")
+        elif exit_code != 6:  # 6: another attempt has taken over, and the run is its
+            status = {0: "FINISHED", 130: "KILLED"}.get(exit_code, "FAILED")
+            self.client.set_terminated(self.run_id, status, end_time=round(record.time * 1000))
+
+
+def _client(config: Mlflow) -> MlflowClient:
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow.tracking import MlflowClient
+
+    if config.database is not None:
+        config.database.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=config.uri)
+
+
+def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:
+    """The run that `state` names; where MLflow has it no more, all is to be carried again, to a new one."""
+    from mlflow.exceptions import MlflowException
+
+    if state.run_id is None:
+        return None
+    try:
+        return client.get_run(state.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    logger.warning("MLflow at %s has no run %s any more: all of it is carried to a new one", state.uri, state.run_id)
+    state.run_id, state.cursor, state.marks = None, Cursor(), {}
+    return None
+
+
+def _experiment(client: MlflowClient, config: Mlflow) -> str:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        location = config.artifact_location
+        if location is None and config.database is not None:
+            location = (config.database.parent / "mlartifacts").as_uri()
+        return str(client.create_experiment(config.experiment, artifact_location=location))
+    if experiment.lifecycle_stage != "active":
+        logger.warning("MLflow's experiment %s had been deleted; restored, for this run writes to it", experiment.name)
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def _find_or_create_run(client: MlflowClient, experiment_id: str, run_folder: Path) -> MlflowRun:
+    """The run is found by a tag made from the first line of its journal, so no lost note makes a second one."""
+    from mlflow.entities import ViewType
+
+    first = next(read_journal(run_folder))
+    identity = hashlib.sha256(f"{first.type} {first.branch} {first.step} {first.time}".encode()).hexdigest()[:16]
+    condition = f"tags.`{IDENTITY}` = '{identity}'"
+    found = client.search_runs([experiment_id], condition, run_view_type=ViewType.ALL, order_by=["start_time ASC"])
+    if found:
+        return found[0]
+    return client.create_run(
+        experiment_id,
+        start_time=round(first.time * 1000),
+        tags={IDENTITY: identity, "longhaul.folder": str(run_folder)},
+        run_name=run_folder.name,
+    )
+
+
+def _restore(client: MlflowClient, run: MlflowRun, config: Mlflow) -> None:
+    """A deleted run that is still written to comes back: its history is worth more than the surprise."""
+    experiment = client.get_experiment(run.info.experiment_id)
+    if experiment.lifecycle_stage != "active":
+        logger.warning("MLflow's experiment %s had been deleted; restored, for this run writes to it", experiment.name)
+        client.restore_experiment(experiment.experiment_id)
+    if client.get_run(run.info.run_id).info.lifecycle_stage != "active":
+        logger.warning(
+            "MLflow's run %s (%s) had been deleted; restored, for this run writes to it",
+            run.info.run_id,
+            config.experiment,
+        )
+        client.restore_run(run.info.run_id)
+
+
+def _new_points(record: Record, marks: dict[str, int]) -> list[Point]:
+    """The metrics of a record that have not been carried at its step; `marks` is moved on."""
+    metrics = {**record.metrics, "tokens": float(record.fields["tokens"])} if record.type == "step" else record.metrics
+    points = []
+    for name, value in metrics.items():
+        key = _name(name)
+        if record.step > marks.get(key, -1):
+            marks[key] = record.step
+            points.append((key, value, record))
+    return points
+
+
+def _name(key: str) -> str:
+    """A key as MLflow takes it: few signs, and as a path already in its shortest form."""
+    name = re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY]
+    if posixpath.normpath(name) != name or name.startswith("/"):
+        name = name.replace("/", "_")
+    return f"_{name}" if name in ("", ".") or name.startswith("..") else name
+
+
+def _text(value: Any, limit: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
