@@ -1,0 +1,185 @@
+"""GPT-2 (Radford et al. 2019, section 2.3): a decoder-only transformer that normalizes the input of each sub-block.
+
+Shapes: B sequences, T tokens, C the width, H heads of D = C / H, V the vocabulary.
+Every weight is read in the forward of the module that owns it, so ZeRO-3 can bring it and take it away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs import Bool, Float, Int, Section
+from pretrain.models.attention import Past, dense
+
+ATTENTION = {"dense": dense}
+
+
+class Gpt(Section):
+    """The shape of a GPT. `attention` is a pattern: it is repeated over the layers, first layer first."""
+
+    kind: Literal["gpt"] = "gpt"
+    layers: Int = Field(gt=0)
+    width: Int = Field(gt=0)
+    heads: Int = Field(gt=0)
+    context: Int = Field(gt=0)  # positions, the longest sequence
+    vocab_size: Int = Field(gt=0)  # that of the token shards
+    mlp_ratio: Int = Field(4, gt=0)
+    attention: tuple[Literal["dense"], ...] = ("dense",)
+    bias: Bool = True
+    tied: Bool = True  # the output layer is the token embedding
+    dropout: Float = Field(0.0, ge=0, lt=1)
+    layer_norm_eps: Float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Gpt:
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
+        if not self.attention:
+            raise ValueError("attention must name the kind of at least one layer, got []")
+        return self
+
+    def build(self) -> GPT:
+        """The model on torch's current default device, its values still to be set (weights.initialize)."""
+        return GPT(self)
+
+    def parameter_count(self) -> int:
+        """How many parameters the model has, the tied embedding counted once."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build().parameters())
+
+    def flops_per_token(self, seq_tokens: int) -> int:
+        """Floating-point operations to train on one token: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B).
+
+        N counts every parameter but those that are only looked up: the positions, and an untied token embedding (a tied
+        one is the output layer, which is a product). Attention counts as dense though half of it is masked; neither a
+        padded vocabulary nor recomputation counts.
+        """
+        looked_up = self.context + (0 if self.tied else self.vocab_size)
+        products = self.parameter_count() - looked_up * self.width
+        return 6 * products + 12 * self.layers * self.width * seq_tokens
+
+
+class Attention(nn.Module):
+    """Heads side by side: each attends in its own D of the C channels; one projection mixes them."""
+
+    def __init__(self, config: Gpt, kind: str) -> None:
+        super().__init__()
+        self.head_width = config.width // config.heads
+        self.attend = ATTENTION[kind]
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.project = nn.Linear(config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; `past` is extended by these T positions."""
+        q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+        if past is not None:
+            k, v = past.extend(k, v)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        merged: Tensor = self.project(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, C]
+        return merged
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), -1, self.head_width).transpose(1, 2)  # [B, T, C] -> [B, H, T, D]
+
+
+class MLP(nn.Module):
+    """project(gelu(expand(x))), with the tanh approximation of GELU that OpenAI's models use."""
+
+    def __init__(self, config: Gpt) -> None:
+        super().__init__()
+        inner = config.mlp_ratio * config.width
+        self.expand = nn.Linear(config.width, inner, bias=config.bias)
+        self.project = nn.Linear(inner, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        y: Tensor = self.project(F.gelu(self.expand(x), approximate="tanh"))
+        return y
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: Gpt, kind: str) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
+        self.attention = Attention(config, kind)
+        self.norm_mlp = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+        self.dropout = _dropout(config)
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), past))
+        y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        return y
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, the blocks, a last norm, and the output layer."""
+
+    def __init__(self, config: Gpt) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_positions = nn.Embedding(config.context, config.width)
+        self.dropout = _dropout(config)
+        pattern = config.attention
+        self.blocks = nn.ModuleList(Block(config, pattern[i % len(pattern)]) for i in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        past: list[Past] | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of tokens int64[B, T]; with targets int64[B, T] and weights float32[B, T], their loss.
+
+        The loss is the weighted sum over all tokens, not a mean: ranks and micro-batches add up, and the caller divides
+        once, by the weights of the whole step. With `past`, from `new_past`, the tokens follow those already in it.
+        """
+        start = past[0].length if past else 0
+        length = tokens.size(1)
+        assert start + length <= self.config.context, "the caller keeps sequences within the context"
+        positions = torch.arange(start, start + length, device=tokens.device)
+        x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # [B, T, C]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, past[layer] if past else None)
+        logits: Tensor = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits
+        assert weights is not None
+        return weighted_loss(logits, targets, weights)
+
+    def new_past(self) -> list[Past]:
+        """An empty memory for `forward`, one part per layer."""
+        return [Past() for _ in self.blocks]
+
+    def initial_std(self, name: str) -> float:
+        """The spread of a matrix before training: 0.02, and less for what is added to the residual stream.
+
+        GPT-2, section 2.3: the weights of residual layers are scaled by 1 / sqrt(N), N the number of residual layers.
+        """
+        return 0.02 / math.sqrt(2 * self.config.layers) if name.endswith("project.weight") else 0.02
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
+
+
+def _dropout(config: Gpt) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()  # 0 leaves no random numbers in the graph

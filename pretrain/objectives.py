@@ -1,0 +1,33 @@
+"""What is learned from a row of tokens: rows in, (inputs, targets, weights) out. Pure; one class, one objective."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from configs import Section
+
+
+class Batch(NamedTuple):
+    """What a model's forward takes to give its loss: `model(*batch)`. B rows of T tokens."""
+
+    inputs: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]
+    weights: Tensor  # float32 [B, T]; the share of each target in the loss, 0 where it does not count
+
+
+class NextToken(Section):
+    """Predict each token from those before it (Radford et al. 2018, equation 1)."""
+
+    kind: Literal["next_token"] = "next_token"
+
+    def batch(self, tokens: Tensor, valid: Tensor) -> Batch:
+        """From rows int64[B, T + 1], of which the first `valid` int64[B] targets count: T, or 0 in a filler row."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        places = torch.arange(targets.size(1), device=tokens.device)
+        return Batch(inputs, targets, (places < valid[:, None]).float())
+
+
+Objective = NextToken
