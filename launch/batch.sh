@@ -31,7 +31,7 @@ if [ $code -gt 128 ]; then # srun killed ranks: the code is that of those that e
     [ "${code:-129}" -le 128 ] || code=1
 fi
 
-case $code in 1 | 3 | 4) again=yes ;; *) again=no ;; esac
+case $restarted in *" $code "*) again=yes ;; *) again=no ;; esac
 if [ "$told" ]; then # cancelled, preempted, requeued: SLURM knows what comes next. Out of time: it does nothing more
     case $(scontrol show job --oneliner "$SLURM_JOB_ID") in *Reason=TimeLimit*) ;; *) again=no ;; esac
 fi
@@ -39,19 +39,22 @@ fi
 restart="restart $((restarts + 1)) of $max_restarts"
 if [ $code = 0 ]; then
     then=done
-    [ -z "$next" ] || scancel "$next"
+elif [ $again = no ] && [ "$told" ]; then
+    then="ended by SLURM, which knows what follows"
 elif [ $again = no ] || [ "$policy" = none ]; then
-    then=${told:+"ended by SLURM, which knows what follows"}
-    then=${then:-"not to be started again"}
-    [ -z "$next" ] || scancel "$next"
+    then="not to be started again"
 elif [ $restarts -ge "$max_restarts" ]; then
     then="not started again after $restarts restarts; see $output"
 elif [ "$next" ]; then
     then="goes on as job $next ($restart)"
-elif [ "$policy" = requeue ] && scontrol requeue "$SLURM_JOB_ID"; then
-    then="requeued ($restart)"
+    next=
+elif [ "$policy" = requeue ]; then
+    then="to be requeued ($restart)"
+    requeue=yes
 else
-    then="SLURM does not start it again: submit the run once more"
+    then="no job follows it: submit the run once more"
 fi
 say "attempt $attempt ended with exit $code: $then"
+[ -z "$next" ] || scancel "$next"
+[ -z "$requeue" ] || scontrol requeue "$SLURM_JOB_ID" || say "not requeued: submit the run once more"
 exit $code

@@ -8,6 +8,8 @@ runs in a rank, so there is no pickle to grow stale and no signal handler of its
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import shutil
 import sys
@@ -19,7 +21,7 @@ from pydantic import Field, model_validator
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from configs import Bool, Float, Int, Section
-from launch.job import Job
+from launch.job import RESTARTED, Job
 
 BATCH = Path(__file__).with_name("batch.sh")
 STOP_SIGNAL = "USR2"  # NCCL may use USR1 for itself
@@ -109,6 +111,7 @@ class Slurm(Section):
             f"logs={shlex.quote(str(job.logs))}",
             f"policy={self.restart}",
             f"max_restarts={self.restarts}",
+            f"restarted=' {' '.join(map(str, RESTARTED))} '",
             f"threads={self.cpus_per_rank or 1}",
             f"srun_arguments=({shlex.join([*cpus, *self.srun])})",
             f"rank=({python} {shlex.join(job.arguments)})",
@@ -132,15 +135,13 @@ class _Executor(submitit.SlurmExecutor):
         """Usable also where SLURM is not: a script can be shown there, and sbatch says itself that it is missing."""
         return 2
 
-    @property
-    def _submitit_command_str(self) -> str:
-        return self._command
-
     def script(self) -> str:
         return self._make_submission_file_text(self._command, uid="")
 
     def queue(self) -> str:
-        return str(self._submit_command(self._command).job_id)
+        """The id of the queued job. Raises what submitit does; sbatch's words come in the exception alone."""
+        with contextlib.redirect_stderr(io.StringIO()):
+            return str(self._submit_command(self._command).job_id)
 
 
 REMEDIES = {
@@ -150,6 +151,8 @@ REMEDIES = {
     "qos": "set launcher.qos; `sacctmgr show qos` lists those of this cluster",
     "time limit": "lower launcher.minutes; `sinfo` shows the limit of each partition",
     "node count": "lower launcher.nodes; `sinfo` shows the size of each partition",
+    "processors": "lower launcher.nodes, ranks_per_node or cpus_per_rank: see `sinfo -N -l`",
+    "generic resource": "lower launcher.gpus_per_node; `sinfo -o '%N %G'` lists the GPUs of each node",
     "node configuration": "no node has the cores, GPUs or memory that launcher asks for: see `sinfo -N -l`",
     "contact": "SLURM's controller does not answer: try again later, `scontrol ping` tells",
 }
