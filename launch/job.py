@@ -14,8 +14,9 @@ from pathlib import Path
 
 import configs
 from configs import Section, Tree
+from pretrain.guard import FAILED, HUNG, STOPPED
 
-RESTARTED = {1: "failed", 3: "stopped and saved", 4: "hung"}  # the exit codes of ranks after which a job starts again
+RESTARTED = {FAILED: "failed", STOPPED: "stopped and saved", HUNG: "hung"}  # exit codes after which a job starts again
 ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its logs/attempt-<n>
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shlex
 import signal
@@ -83,21 +84,19 @@ class Local(Section):
                 _kill(process)
 
     def _wait(self, ranks: list[subprocess.Popen[bytes]], told: list[int], output: BinaryIO) -> int:
-        forwarded = 0
-        own: dict[int, int] = {}  # exit code by rank, for those that ended before we ended them
-        deadline: float | None = None  # the next step against those that go on after a rank's bad end
-        steps = [signal.SIGTERM, signal.SIGKILL]
-        while any(process.poll() is None for process in ranks):
+        """The worst exit code of those ranks that ended before we ended them."""
+        forwarded, own = 0, dict[int, int]()
+        steps, deadline = [signal.SIGTERM, signal.SIGKILL], math.inf  # against ranks that go on after another's bad end
+        while left := [str(rank) for rank, process in enumerate(ranks) if process.poll() is None]:
             for number in told[forwarded:]:
                 _signal(ranks, number)
             forwarded = len(told)
             if len(steps) == 2:
                 own |= _ended(ranks, own)
-            if deadline is None and any(own.values()):
+            if deadline == math.inf and any(own.values()):
                 deadline = time.monotonic() + self.grace_s
-            if deadline is not None and steps and time.monotonic() > deadline:
-                left = [rank for rank, process in enumerate(ranks) if process.poll() is None]
-                log(f"rank(s) {', '.join(map(str, left))} went on without the others: {steps[0].name}")
+            if steps and time.monotonic() > deadline:
+                log(f"rank(s) {', '.join(left)} went on without the others: {steps[0].name}")
                 _signal(ranks, steps.pop(0))
                 deadline = time.monotonic() + self.grace_s
             _show(output)
