@@ -60,14 +60,15 @@ def _walk(x: Ints, n: Ints, key: Words, rounds: range) -> Ints:
     half = np.maximum((np.frexp((n - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
     y: Words = _feistel(x.astype(np.uint64), half, key, rounds)
     limit = n.astype(np.uint64)
-    while len(outside := np.flatnonzero(np.greater_equal(y, limit))):
+    while len(outside := np.flatnonzero(y >= limit)):
         y[outside] = _feistel(y[outside], half[outside], key[outside], rounds)
     return y.astype(np.int64)
 
 
 def _feistel(x: Words, half: Words, key: Words, rounds: range) -> Words:
     mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
+    left: Words = x >> half
+    right: Words = x & mask
     forward = rounds.step > 0
     for i in rounds:
         round_key = mix(key + np.uint64((i + 1) * _GOLDEN & 2**64 - 1))
@@ -116,7 +117,7 @@ def _apportion(weights: npt.NDArray[np.float64]) -> Ints:
     if not (weights > 0).any():
         raise ConfigError("data.sources: no source has a weight above 0")
     shares = weights / weights.sum() * WINDOW
-    counts = np.maximum(np.floor(shares), weights > 0).astype(np.int64)
+    counts: Ints = np.maximum(np.floor(shares), weights > 0).astype(np.int64)
     remainder = shares - np.floor(shares)
     while counts.sum() < WINDOW:
         best = int(np.argmax(np.where(weights > 0, remainder, -1.0)))

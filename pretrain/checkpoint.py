@@ -199,7 +199,7 @@ class Saver:
 
         `position.digest` is the digest at the attempt's start; every rank adds its `digest_share` through its file.
         """
-        self.wait()
+        self._join()
         begun = time.perf_counter()
         record = self._snapshot(state)
         record |= {"digest_share": f"{digest_share:032x}", "steps": state.steps}
@@ -218,11 +218,14 @@ class Saver:
 
     def wait(self) -> None:
         """Wait for the save in flight. Raises its error."""
+        self._join()
+        if (error := self.poll()) is not None:
+            raise error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if (error := self.poll()) is not None:
-            raise error
 
     def _snapshot(self, state: State) -> dict[str, Any]:
         kinds = list(state.flats[0]) if state.flats else [MASTER]

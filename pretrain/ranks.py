@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from configs import ConfigError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -78,6 +79,26 @@ class Ranks:
         """Join the other ranks of this process's environment."""
         return Ranks(Place.read(os.environ))
 
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave without waiting for the others: one of them may be gone."""
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What `function` gives on rank 0, on every rank; where it raises, every rank raises the same."""
+        result: T | None = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except Exception as caught:
+                error = caught
+        result, error = self.tell((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def tell(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
@@ -101,11 +122,6 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(torch.zeros(1))
-
-    def leave(self) -> None:
-        """Leave without waiting for the others."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @dataclass

@@ -1,0 +1,156 @@
+"""The command `pretrain`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import configs
+from configs import ConfigError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Train language models, and look at what became of them."
+)
+
+Run = Annotated[Path, typer.Argument(help="the config of a run, or its run folder")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
+
+
+@app.callback()
+def pretrain() -> None:
+    pass
+
+
+@app.command()
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="show the resolved run, and do nothing")] = False,
+) -> None:
+    """Train a run, or go on with it from its newest whole checkpoint. One process is one rank."""
+    from pretrain.train import load_run
+    from pretrain.train import train as train_run
+
+    loaded = load_run(run, overrides)
+    if print_config:
+        print(configs.dump(loaded), end="")
+        return
+    raise typer.Exit(train_run(loaded))
+
+
+@app.command()
+def amend(
+    run: Run, changes: Annotated[list[str], typer.Argument(help="section.key=value: weights, budget, schedule, ...")]
+) -> None:
+    """Change the course of a stopped run from its newest checkpoint on. The past stays as it was."""
+    from pretrain.amend import amend as amend_run
+
+    record = amend_run(run, changes)
+    print(f"from sample {record.from_sample}: {' '.join(record.changes)}")
+
+
+@app.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="a run or its config; RUN@step for one of its checkpoints")],
+    prompt: Annotated[str, typer.Argument(help="what the text begins with")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write text with a checkpoint of a run."""
+    from pretrain.generate import Sampling
+    from pretrain.restore import open_run
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    restored = open_run(run)
+    print(prompt, end="")
+    for piece in restored.write(prompt, sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Read every byte of every checkpoint of a run; a line for each that is damaged, and exit 1."""
+    from pretrain import checkpoint
+    from pretrain.train import load_run
+
+    folder = load_run(run).run_folder
+    alive = set(checkpoint.live_checkpoints(folder))
+    damaged = 0
+    for _, _, path in checkpoint.all_checkpoints(folder):
+        lines = checkpoint.verify(path)
+        damaged += bool(lines)
+        state = "; ".join(lines) if lines else "whole"
+        print(f"{path.name}: {state}{'' if path in alive else ' (not of the live lineage)'}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command("track-sync")
+def track_sync(run: Run) -> None:
+    """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
+    from pretrain.track import TrackError, sync
+    from pretrain.train import load_run
+
+    loaded = load_run(run)
+    try:
+        for synced in sync(loaded.track, loaded.run_folder):
+            print(
+                f"{synced.name}: {synced.metrics} metrics and {synced.checkpoints} checkpoints carried to {synced.page}"
+            )
+    except TrackError as error:
+        print(f"pretrain: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line on stderr."""
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except typer.Exit as done:
+        code = done.exit_code
+    except ConfigError as error:
+        code = _fail(str(error), 2)
+    except Exception as error:
+        code = _explain(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # DeepSpeed leaves a thread that aborts some interpreters' exits (measured: 2 of 12)
+
+
+def _explain(error: Exception) -> int:
+    import click
+
+    from data_pipeline.shards import ShardError
+    from pretrain.checkpoint import SaveError
+    from pretrain.lineage import TakenOver
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if isinstance(error, TakenOver):
+        return _fail(str(error), 6)
+    if isinstance(error, ShardError | SaveError):
+        return _fail(str(error), 1)
+    import traceback
+
+    traceback.print_exc()
+    return 1
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"pretrain: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()
