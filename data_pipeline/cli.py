@@ -1,0 +1,218 @@
+"""The command `data-prep`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import configs
+from configs import ConfigError
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare import Outline, Preparation, Summary
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Raw corpora to token shards.")
+log = logging.getLogger("data-prep")
+
+Config = Annotated[Path, typer.Argument(help="a YAML file, such as configs/data/demo.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
+Where = Annotated[Path, typer.Argument(help="a folder of shards, or the config that made it")]
+AsJson = Annotated[bool, typer.Option("--json", help="the same as JSON")]
+
+
+@app.callback()
+def data_prep() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, and do nothing")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="show the resolved config")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prepare all corpora of a config, or do what is missing: tokenizer, slices, manifest."""
+    from data_pipeline import prepare
+
+    preparation = _load(config, overrides)
+    if print_config:
+        print(configs.dump(preparation), end="")
+    elif dry_run:
+        _show_outlines([prepare.outline(preparation, corpus) for corpus in preparation.corpora], as_json)
+    else:
+        begun = time.monotonic()
+        _show_summaries(prepare.run(preparation), time.monotonic() - begun, as_json)
+
+
+@app.command()
+def tokenizer(config: Config, overrides: Overrides = None) -> None:
+    """Make the tokenizer of a config, and print where it is."""
+    from data_pipeline import prepare
+
+    preparation = _load(config, overrides)
+    made = prepare.make_tokenizer(preparation)
+    print(f"{made.path}  {made.vocab_size} entries  sha256 {made.sha256}")
+
+
+@app.command()
+def work(
+    config: Config,
+    overrides: Overrides = None,
+    corpus: Annotated[str, typer.Option(help="one of the config's corpora")] = "",
+    slices: Annotated[str, typer.Option(help="first-last, by their place in the plan, from 0")] = "",
+) -> None:
+    """Make some slices of one corpus: a task of an array of jobs. `run` does what is left, and seals."""
+    from data_pipeline import prepare
+
+    first, _, last = slices.partition("-")
+    if not first.isdigit() or not (last or first).isdigit():
+        raise ConfigError(f"--slices: expected first-last such as 0-9, got {slices!r}")
+    prepare.run_slices(_load(config, overrides), corpus, int(first), int(last or first))
+
+
+@app.command()
+def verify(where: Where, as_json: AsJson = False) -> None:
+    """Read every byte of finished shards. A line for each damage, and exit 1."""
+    from data_pipeline.prepare import folders, verified
+
+    damages = [line for folder in folders(where) for line in verified(folder)]
+    print(json.dumps(damages, ensure_ascii=False) if as_json else "\n".join(damages or ["whole"]))
+    raise typer.Exit(1 if damages else 0)
+
+
+@app.command()
+def inspect(
+    where: Where,
+    samples: Annotated[int, typer.Option(min=0, help="decoded texts per corpus")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Counts and decoded samples of finished shards."""
+    from data_pipeline.prepare import folder_tokenizer, folders, summarized
+    from data_pipeline.samples import samples as decoded
+    from data_pipeline.shards import Manifest
+
+    manifests = [Manifest.open(folder) for folder in folders(where)]
+    found = {
+        manifest.head["corpus"]: list(decoded(manifest, folder_tokenizer(manifest), "train", samples))
+        if samples
+        else []
+        for manifest in manifests
+    }
+    summaries = [summarized(manifest) for manifest in manifests]
+    if as_json:
+        shown = {s.corpus: {**asdict(s), "samples": [asdict(x) for x in found[s.corpus]]} for s in summaries}
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+        return
+    _show_table(summaries)
+    for corpus, texts in found.items():
+        for x in texts:
+            print(f"\n--- {corpus}: {x.slice}/{x.shard} row {x.row}: {x.id}, {x.tokens:,} tokens, {x.uri}\n{x.text}")
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Preparation:
+    from data_pipeline.prepare import Preparation
+
+    return configs.load(Preparation, path, overrides or [])
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _show_summaries(summaries: Sequence[Summary], seconds: float, as_json: bool) -> None:
+    if as_json:
+        corpora = {summary.corpus: asdict(summary) for summary in summaries}
+        print(json.dumps({"corpora": corpora, "seconds": round(seconds, 1)}, indent=1, ensure_ascii=False))
+        return
+    _show_table(summaries)
+    print(f"{seconds:.1f} s")
+
+
+def _show_table(summaries: Sequence[Summary]) -> None:
+    """A column per corpus, a line per count."""
+    rows: list[tuple[str, list[str]]] = [
+        ("documents read", [f"{s.documents_read:,}" for s in summaries]),
+        ("documents kept", [f"{s.documents:,}" for s in summaries]),
+        *_reasons("dropped", [s.dropped for s in summaries]),
+        *_reasons("set aside", [s.set_aside for s in summaries]),
+        ("characters", [f"{s.characters:,}" for s in summaries]),
+        ("tokens", [f"{s.tokens:,}" for s in summaries]),
+        ("characters per token", [f"{s.characters_per_token:.3f}" for s in summaries]),
+        ("train tokens", [f"{s.train_tokens:,}" for s in summaries]),
+        ("validation tokens", [f"{s.validation_tokens:,}" for s in summaries]),
+        ("blocks", [f"{s.blocks:,} x {s.block_tokens:,}" for s in summaries]),
+        ("tail tokens, not fed", [_share(s.tail_tokens, s.train_tokens) for s in summaries]),
+        ("shards", [f"{s.shards:,}" for s in summaries]),
+        ("bytes", [f"{s.bytes:,}" for s in summaries]),
+    ]
+    _print_table([s.corpus for s in summaries], rows)
+
+
+def _reasons(what: str, counts: Sequence[dict[str, int]]) -> list[tuple[str, list[str]]]:
+    reasons = sorted({reason for each in counts for reason in each})
+    return [(f"  {what}: {reason}", [f"{each.get(reason, 0):,}" for each in counts]) for reason in reasons]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / max(whole, 1):.1f} %)"
+
+
+def _show_outlines(outlines: Sequence[Outline], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({outline.corpus: asdict(outline) for outline in outlines}, indent=1))
+        return
+    rows: list[tuple[str, list[str]]] = [
+        ("inputs", [f"{o.inputs:,}" for o in outlines]),
+        ("input bytes", [f"{o.input_bytes:,}" for o in outlines]),
+        ("tokens, about", [f"{o.tokens:,}" for o in outlines]),
+        ("slices", [f"{o.slices:,}" for o in outlines]),
+        ("slices made", [f"{o.slices_made:,}" for o in outlines]),
+    ]
+    _print_table([o.corpus for o in outlines], rows)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Plain text, aligned: it goes to files and mails as it is."""
+    first = max(len(name) for name, _ in rows)
+    widths = [max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(columns)]
+    for name, cells in [("", columns), *rows]:
+        line = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:<{first}}  {line}")
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one line on stderr."""
+    from data_pipeline.shards import ShardError
+
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(_fail(str(error), 2))
+    except (ShardError, OSError) as error:
+        sys.exit(_fail(str(error), 1))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; the same command goes on", 130))
+    except Exception as error:
+        from data_pipeline.work import WorkError
+
+        if not isinstance(error, WorkError):
+            raise
+        sys.exit(_fail(str(error), 1))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"data-prep: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,521 @@
+"""Preparation: raw corpora to token shards.
+
+    out/tokenizer.json               trained once, or a copy of the given one
+    out/tokenizer.made.json          how it was made
+    out/<corpus>/plan.json           the inputs, cut into slices        (plan)
+    out/<corpus>/slices/<slice>/     one folder per slice, whole or absent   (work)
+    out/<corpus>/MANIFEST.json       what a reader trusts, written last  (seal)
+
+Each step recognizes what is done and does the rest, so the same command again is always safe; a folder that was made
+with another configuration is refused, with the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import field_validator
+
+from configs import ConfigError, Int, Section, differences, load
+from data_pipeline import shards
+from data_pipeline.clean import Clean
+from data_pipeline.filters import Filters
+from data_pipeline.lease import Lease, holder
+from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
+from data_pipeline.progress import Display, size
+from data_pipeline.shards import Format, Manifest, SealedSlice, ShardRecord, seal
+from data_pipeline.sources import Source
+from data_pipeline.sources.inputs import Input, Part, Reading
+from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
+from data_pipeline.work import RECORD, Job, Task, Validation, slice_record, sweep, work
+
+log = logging.getLogger("data-prep")
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_MADE = "tokenizer.made.json"
+TOKENIZER_READ = 8  # a sample is taken from at most this many times its size of text
+NOT_IDENTITY = {"paths", "on_damage"}  # of a source: where it lies, and what stops the work, change no byte
+
+
+class Preparation(Section):
+    """Which corpora become token shards, and how."""
+
+    name: str
+    out: Path
+    tokenizer: TokenizerChoice
+    corpora: dict[str, Source]
+    clean: Clean = Clean()
+    filters: Filters = Filters()
+    validation: Validation = Validation()
+    slice_bytes: Int = 256 * 2**20  # of input; the unit of work and of restart
+    shard_bytes: Int = 256 * 2**20
+    block_tokens: Int | None = None  # a power of two; None: chosen at plan time so that tails stay under 1 %
+    workers: Int = 1  # processes on this machine
+
+    @field_validator("corpora")
+    @classmethod
+    def _names(cls, corpora: dict[str, Source]) -> dict[str, Source]:
+        if not corpora:
+            raise ValueError("expected at least one corpus")
+        for name in corpora:
+            if not name.replace("-", "_").replace("_", "a").isalnum():
+                raise ValueError(f"{name!r}: expected a name of letters, digits, - and _ (it becomes a folder)")
+        return corpora
+
+    @field_validator("slice_bytes", "shard_bytes", "workers")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"expected at least 1, got {value}")
+        return value
+
+    def source(self, corpus: str) -> Source:
+        """Raises ConfigError for a corpus that the configuration does not have."""
+        if corpus not in self.corpora:
+            raise ConfigError(f"no corpus {corpus!r}; the configuration has {', '.join(self.corpora)}")
+        return self.corpora[corpus]
+
+    def inputs(self, corpus: str) -> list[Input]:
+        """The corpus' files as they are now. Raises ConfigError naming the corpus."""
+        try:
+            return self.source(corpus).inputs()
+        except ConfigError as error:
+            raise ConfigError(f"corpora.{corpus}.{error}") from None
+
+
+# --- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(preparation: Preparation) -> Tokenizer:
+    """The folder's tokenizer: loaded when it is there, else trained or copied. Raises ConfigError on another's."""
+    out = preparation.out
+    out.mkdir(parents=True, exist_ok=True)
+    with Lease.wait(out / ".tokenizer.lease", log.info):
+        made = _read_json(out / TOKENIZER_MADE)
+        wanted = _tokenizer_identity(preparation.tokenizer)
+        if made is None:
+            made = _make_tokenizer(preparation, wanted)
+            shards.write_durably(out / TOKENIZER_MADE, _json_bytes(made))
+    if differ := differences(made["config"], wanted):
+        raise ConfigError(
+            f"{out}: its tokenizer was made with another configuration: {'; '.join(f'tokenizer.{d}' for d in differ)}; "
+            "use another `out`, or put it back"
+        )
+    tokenizer = Tokenizer.load(out / TOKENIZER)
+    if tokenizer.sha256 != made["sha256"]:
+        raise ConfigError(f"{out / TOKENIZER}: damaged or exchanged (sha256 differs from {TOKENIZER_MADE}); restore it")
+    return tokenizer
+
+
+def _tokenizer_identity(choice: TokenizerChoice) -> dict[str, Any]:
+    if isinstance(choice, TrainTokenizer):
+        return choice.model_dump(mode="json")
+    return {"kind": choice.kind, "sha256": Tokenizer.load(choice.path).sha256}
+
+
+def _make_tokenizer(preparation: Preparation, identity: dict[str, Any]) -> dict[str, Any]:
+    path, choice = preparation.out / TOKENIZER, preparation.tokenizer
+    sample: dict[str, dict[str, int]] = {}
+    if isinstance(choice, GivenTokenizer):
+        shards.write_durably(path, choice.path.read_bytes())
+    else:
+        train(_sampled(preparation, choice, sample), choice.vocab_size, path)
+    return {"config": identity, "sample": sample, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _sampled(preparation: Preparation, choice: TrainTokenizer, taken: dict[str, dict[str, int]]) -> Iterator[str]:
+    """Cleaned texts for training, of each corpus as many bytes as its share of all text; fills `taken`.
+
+    Inputs are read in the order of a keyed hash of their names, and documents taken by a keyed hash of their ids, so
+    the sample depends on neither the order of inputs nor on the host. Texts kept for validation are not in it.
+    """
+    inputs = {corpus: preparation.inputs(corpus) for corpus in preparation.corpora}
+    texts = {c: sum(map(source.text_bytes, inputs[c])) for c, source in preparation.corpora.items()}
+    for corpus in preparation.corpora:
+        budget = int(choice.sample_bytes * min(1.0, texts[corpus] / max(sum(texts.values()), 1)))
+        taken[corpus] = {"documents": 0, "bytes": 0}
+        for text in _sampled_of(preparation, corpus, inputs[corpus], budget, choice.seed):
+            taken[corpus]["documents"] += 1
+            taken[corpus]["bytes"] += len(text.encode())
+            yield text
+        got = taken[corpus]
+        log.info("tokenizer: %s: %s documents, %s of text", corpus, f"{got['documents']:,}", size(got["bytes"]))
+
+
+def _sampled_of(
+    preparation: Preparation, corpus: str, inputs: Sequence[Input], budget: int, seed: int
+) -> Iterator[str]:
+    source = preparation.source(corpus)
+    ordered = sorted(inputs, key=lambda input: (_place(input.name, seed), input.name))
+    expected = min(sum(map(source.text_bytes, inputs)), TOKENIZER_READ * budget)
+    share = min(1.0, 1.25 * budget / max(expected, 1))  # of documents; the quarter more is for what filters drop
+    left = budget
+    for input in ordered:
+        with Reading(Part(input), corpus) as reading:
+            for document in source.read(reading):
+                if _place(document.id, seed) >= share:
+                    continue
+                text = preparation.clean.text(document.text)
+                if text and preparation.validation.split(text) == "train":
+                    yield text
+                    left -= len(text.encode())
+                if left <= 0:
+                    return
+
+
+def _place(name: str, seed: int) -> float:
+    """From 0 to 1, by a keyed hash."""
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "replace"), seed & (2**64 - 1)) / 2**64
+
+
+# --- plan -----------------------------------------------------------------------------------------------------------
+
+
+def identity(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a corpus' shards depend on besides its inputs."""
+    source = preparation.source(corpus)
+    return {
+        "format": shards.FORMAT_VERSION,
+        "corpus": corpus,
+        "source": {**source.model_dump(mode="json", exclude=NOT_IDENTITY), "version": source.version},
+        "clean": {**preparation.clean.model_dump(mode="json"), "version": preparation.clean.version},
+        "filters": {**preparation.filters.model_dump(mode="json"), "version": preparation.filters.version},
+        "validation": preparation.validation.model_dump(mode="json"),
+        "slice_bytes": preparation.slice_bytes,
+        "shard_bytes": preparation.shard_bytes,
+        "block_tokens": preparation.block_tokens,
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+    }
+
+
+def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job:
+    """Plan a corpus, or extend its plan by inputs that are new. Raises ConfigError when it cannot be used."""
+    folder = preparation.out / corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lease.wait(folder / ".plan.lease", log.info):
+        plan = _planned(preparation, corpus, folder, identity(preparation, corpus, tokenizer))
+        job = Job(
+            folder=folder,
+            corpus=corpus,
+            source=preparation.source(corpus),
+            clean=preparation.clean,
+            filters=preparation.filters,
+            validation=preparation.validation,
+            format=_format(preparation, plan, tokenizer),
+            tokenizer=preparation.out / TOKENIZER,
+            plan=plan,
+            versions=_versions(),
+        )
+        sweep(job)
+    return job
+
+
+def _planned(preparation: Preparation, corpus: str, folder: Path, config: dict[str, Any]) -> Plan:
+    source, old = preparation.source(corpus), Plan.read(folder)
+    if old is None:
+        inputs = preparation.inputs(corpus)
+        slices = cut(inputs, source.can_split, preparation.slice_bytes, 0, 0)
+        block = preparation.block_tokens or chosen_block(sum(map(source.text_bytes, inputs)), len(slices))
+        plan = Plan(config, block, tuple(slices))
+    else:
+        _refuse_another(folder, old.config, config)
+        plan = _extended(preparation, corpus, folder, old)
+    if plan != old:
+        plan.write(folder)
+    return plan
+
+
+def _refuse_another(folder: Path, old: Any, new: dict[str, Any]) -> None:
+    if differ := differences(old, new):
+        leases = (folder / "slices").glob(".*.lease")
+        owner = next((owner for owner in map(holder, leases) if owner is not None), None)
+        at_work = f" ({owner} is at work on it)" if owner is not None else ""
+        raise ConfigError(
+            f"{folder}: was prepared with another configuration{at_work}: {'; '.join(differ)}; "
+            "use another `out`, or put it back"
+        )
+
+
+def _extended(preparation: Preparation, corpus: str, folder: Path, old: Plan) -> Plan:
+    """The old plan with slices for inputs that are new, and, where nothing is sealed yet, for those that changed."""
+    source = preparation.source(corpus)
+    hashes = {slice.name: _part_hashes(folder, old, slice) for slice in old.slices}
+    try:
+        inputs = preparation.inputs(corpus)
+    except ConfigError:
+        if not all(hashes.values()):
+            raise
+        inputs = []  # all is made, so the inputs may be gone
+    found = compare(old.slices, inputs, lambda slice: hashes[slice.name], _hash_now)
+    sealed = _sealed_generations(folder, old)
+    if any(slice.generation < sealed for slice in found.changed):
+        raise ConfigError(
+            f"{folder}: inputs of finished shards have changed: {'; '.join(found.changed_inputs[:3])}; "
+            "put them back, or prepare into another `out`"
+        )
+    for line in found.changed_inputs:
+        log.warning("%s; its slices are made again", line)
+    planned = {part.input.name for slice in found.kept for part in slice.parts}
+    new = [input for input in inputs if input.name not in planned]
+    first = 1 + max((s.number for s in old.slices if s.generation == sealed), default=-1)
+    slices = cut(new, source.can_split, preparation.slice_bytes, sealed, first)
+    return Plan(old.config, old.block_tokens, (*found.kept, *slices))
+
+
+def _part_hashes(folder: Path, plan: Plan, slice: Slice) -> list[str] | None:
+    record = slice_record(folder, plan, slice)
+    return None if record is None else [part["sha256"] for part in record["parts"]]
+
+
+def _hash_now(part: Part) -> str:
+    with Reading(part, "") as reading:
+        return reading.finish()
+
+
+def _sealed_generations(folder: Path, plan: Plan) -> int:
+    """How many generations readers may rely on already. A manifest that cannot be read counts for all of them."""
+    if not (folder / shards.MANIFEST).exists():
+        return 0
+    try:
+        return len(shards.read_head(folder)["generations"])
+    except shards.ShardError:
+        return max(slice.generation for slice in plan.slices) + 1
+
+
+def _format(preparation: Preparation, plan: Plan, tokenizer: Tokenizer) -> Format:
+    return Format(plan.block_tokens, tokenizer.vocab_size, tokenizer.end_of_text, preparation.shard_bytes)
+
+
+def _versions() -> dict[str, str]:
+    """Of what shapes the text and the ids."""
+    libraries = ("resiliparse", "fastwarc", "ftfy", "tokenizers")
+    return {"unicode": unicodedata.unidata_version} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+# --- seal -----------------------------------------------------------------------------------------------------------
+
+
+def seal_corpus(job: Job) -> Manifest:
+    """Write the manifest over all slices of the plan, which must be made. Nothing is written when it is sealed so."""
+    with Lease.wait(job.folder / ".plan.lease", log.info):
+        plan_hash = shards.file_hash(job.folder / PLAN)
+        if (manifest := _sealed(job.folder)) is not None and manifest.head["files"].get(PLAN) == plan_hash:
+            return manifest
+        slices, files, counts = [], {PLAN: plan_hash}, _no_counts()
+        for slice in job.plan.slices:
+            record, folder = job.record(slice), job.folder_of(slice)
+            if record is None:
+                raise ConfigError(f"{folder}: not made; run data-prep run")
+            sealed = SealedSlice(
+                slice=slice.name,
+                generation=slice.generation,
+                shards=[ShardRecord(**shard) for shard in record["shards"]],
+                ids_hash=shards.file_hash(folder / "ids.npy"),
+                record_hash=shards.file_hash(folder / RECORD),
+            )
+            slices.append(sealed)
+            if not sealed.shards:  # the table of shards does not name it
+                files |= {f"slices/{slice.name}/{RECORD}": sealed.record_hash}
+                files |= {f"slices/{slice.name}/ids.npy": sealed.ids_hash}
+            _add(counts, record["counts"])
+        return seal(job.folder, job.format, _head(job, counts, files), slices)
+
+
+def _sealed(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.open(folder)
+    except shards.ShardError:
+        return None
+
+
+def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+    return {
+        "corpus": job.corpus,
+        "config": job.plan.config,
+        "tokenizer_sha256": job.plan.config["tokenizer"]["sha256"],
+        "tokenizer": f"../{TOKENIZER}",  # from the corpus' folder
+        "encoder": f"tokenizers {job.versions['tokenizers']}",
+        "inputs": len({part.input.name for slice in job.plan.slices for part in slice.parts}),
+        "slices": len(job.plan.slices),
+        "counts": {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counts.items()},
+        "versions": job.versions,
+        "files": files,
+    }
+
+
+COUNTED = ("read", "characters", "text_bytes", "input_bytes")
+COUNTED_BY = ("set_aside", "dropped", "documents", "tokens")
+
+
+def _no_counts() -> dict[str, Any]:
+    return dict.fromkeys(COUNTED, 0) | {k: Counter[str]() for k in COUNTED_BY}
+
+
+def _add(counts: dict[str, Any], more: dict[str, Any]) -> None:
+    for key in COUNTED:
+        counts[key] += more[key]
+    for key in COUNTED_BY:
+        counts[key].update(more[key])
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a corpus."""
+
+    corpus: str
+    documents_read: int
+    documents: int  # kept
+    set_aside: dict[str, int]  # reason -> records that gave no document
+    dropped: dict[str, int]  # reason -> documents that a filter dropped
+    input_bytes: int
+    characters: int  # of the documents kept
+    tokens: int
+    characters_per_token: float
+    train_tokens: int
+    validation_tokens: int
+    blocks: int  # of training
+    block_tokens: int
+    tail_tokens: int  # of training: in no full block, not fed
+    shards: int
+    bytes: int  # of all shards
+
+
+def summarized(manifest: Manifest) -> Summary:
+    """From the manifest alone."""
+    counts, generations = manifest.head["counts"], manifest.generations
+
+    def total(split: str, key: str) -> int:
+        return sum(int(generation[split][key]) for generation in generations)
+
+    tokens = sum(counts["tokens"].values())
+    return Summary(
+        corpus=manifest.head["corpus"],
+        documents_read=counts["read"],
+        documents=sum(counts["documents"].values()),
+        set_aside=counts["set_aside"],
+        dropped=counts["dropped"],
+        input_bytes=counts["input_bytes"],
+        characters=counts["characters"],
+        tokens=tokens,
+        characters_per_token=round(counts["characters"] / max(tokens, 1), 3),
+        train_tokens=total("train", "tokens"),
+        validation_tokens=total("validation", "tokens"),
+        blocks=total("train", "blocks"),
+        block_tokens=manifest.format.block_tokens,
+        tail_tokens=total("train", "tail_tokens"),
+        shards=sum(int(generation["shards"]) for generation in generations),
+        bytes=total("train", "bytes") + total("validation", "bytes"),
+    )
+
+
+def run(preparation: Preparation) -> list[Summary]:
+    """Do what is missing of a preparation, and say what became of each corpus. Raises WorkError, ConfigError."""
+    tokenizer = make_tokenizer(preparation)
+    jobs = [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+    tasks = [Task(j, s) for j, job in enumerate(jobs) for s in range(len(job.plan.slices))]
+    with Display("prepare") as display:
+        work(jobs, tasks, preparation.workers, display)
+    summaries = [summarized(seal_corpus(job)) for job in jobs]
+    for summary in summaries:
+        if preparation.validation.fraction > 0 and not summary.validation_tokens:
+            log.warning(
+                "%s: none of its %s documents fell to validation (fraction %s); raise the fraction to evaluate on it",
+                *(summary.corpus, f"{summary.documents:,}", preparation.validation.fraction),
+            )
+    return summaries
+
+
+def run_slices(preparation: Preparation, corpus: str, first: int, last: int) -> None:
+    """Make the slices from `first` to `last` (by their place in the plan) of one corpus: a part of an array of jobs."""
+    job = make_job(preparation, corpus, make_tokenizer(preparation))
+    count = len(job.plan.slices)
+    if not 0 <= first <= last < count:
+        raise ConfigError(f"--slices {first}-{last}: {corpus} has the slices 0-{count - 1}")
+    with Display(f"prepare {corpus}") as display:
+        work([job], [Task(0, s) for s in range(first, last + 1)], preparation.workers, display)
+
+
+def folders(where: Path) -> list[Path]:
+    """The corpus folders of a config, of its `out`, or the corpus folder itself. Raises ConfigError where none is."""
+    if where.is_file():
+        preparation = load(Preparation, where)
+        return [preparation.out / corpus for corpus in preparation.corpora]
+    marks = (PLAN, shards.MANIFEST)
+    found = [path for path in (where, *sorted(where.glob("*/"))) if any((path / mark).is_file() for mark in marks)]
+    if not found:
+        raise ConfigError(f"{where}: neither a config nor a folder of shards")
+    return found
+
+
+def verified(folder: Path) -> Iterator[str]:
+    """A line for each damage of a corpus folder and its tokenizer."""
+    damages = list(shards.verify(folder))
+    yield from damages
+    if not damages:
+        try:
+            folder_tokenizer(Manifest.open(folder))
+        except ConfigError as error:
+            yield str(error)
+
+
+def folder_tokenizer(manifest: Manifest) -> Tokenizer:
+    """The tokenizer that a corpus was made with. Raises ConfigError when it is not there, or another."""
+    path = manifest.folder.parent / TOKENIZER
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.sha256 != manifest.head["tokenizer_sha256"]:
+        raise ConfigError(f"{path}: not the tokenizer of {manifest.folder} (sha256 differs); restore it")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a preparation is going to read, before anything is written."""
+
+    corpus: str
+    inputs: int
+    input_bytes: int
+    tokens: int  # about
+    slices: int
+    slices_made: int
+
+
+def outline(preparation: Preparation, corpus: str) -> Outline:
+    """The plan of a corpus as it is, else as it would be."""
+    source, inputs = preparation.source(corpus), preparation.inputs(corpus)
+    folder = preparation.out / corpus
+    plan = Plan.read(folder)
+    slices = plan.slices if plan else cut(inputs, source.can_split, preparation.slice_bytes, 0, 0)
+    return Outline(
+        corpus=corpus,
+        inputs=len(inputs),
+        input_bytes=sum(input.size for input in inputs),
+        tokens=int(sum(map(source.text_bytes, inputs)) / BYTES_PER_TOKEN),
+        slices=len(slices),
+        slices_made=sum(slice_record(folder, plan, slice) is not None for slice in slices) if plan else 0,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}); restore it, or prepare into another `out`") from None
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
