@@ -11,10 +11,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import configs
-from configs import Section, Tree
+from configs import Section
 from pretrain.guard import FAILED, HUNG, STOPPED
+
+if TYPE_CHECKING:
+    from pretrain.train import TrainRun
 
 RESTARTED = {FAILED: "failed", STOPPED: "stopped and saved", HUNG: "hung"}  # exit codes after which a job starts again
 ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its logs/attempt-<n>
@@ -43,15 +47,27 @@ class Job:
 
 
 def load_job(path: Path, overrides: Sequence[str]) -> Job:
-    """The job of a run's config, or of the run folder `path`: checked, its paths absolute. Raises ConfigError."""
-    from pretrain.train import TrainRun
+    """The job of a run's config, or of a run folder: checked against its shards and its past. Raises ConfigError."""
+    from pretrain.train import load_run
 
-    source = path / "run.yaml" if path.is_dir() else path
-    run = configs.load(TrainRun, source, overrides)
-    run = configs.build(TrainRun, _absolute(run.model_dump()), str(source))
+    run = load_run(path, list(overrides))
+    _check(run)
     folder = next_folder(run.run_folder / "submissions", "")
     command = ("-u", "-m", "pretrain.cli", "train", str(folder / "run.yaml"))
     return Job(run.name, run.run_folder, folder, configs.dump(run), command)
+
+
+def _check(run: TrainRun) -> None:
+    """What would otherwise be found when the job at last starts. Writes nothing."""
+    from data_pipeline.stream import Corpora
+    from pretrain.fields import check_same_run
+    from pretrain.segments import Segments, first_segment, plan_course
+    from pretrain.train import load_run
+
+    if (run.run_folder / "run.yaml").is_file():
+        recorded = load_run(run.run_folder)
+        check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(run.run_folder))
+    plan_course(run, Segments(run.run_folder).read() or [first_segment(run, Corpora(run.data))])
 
 
 def next_folder(parent: Path, stem: str) -> Path:
@@ -71,15 +87,6 @@ def new_folder(parent: Path, stem: str) -> Path:
         except FileExistsError:
             continue
         return folder
-
-
-def _absolute(tree: Tree) -> Tree:
-    """A dumped config with each of its paths absolute."""
-    if isinstance(tree, dict):
-        return {key: _absolute(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_absolute(value) for value in tree]
-    return str(tree.absolute()) if isinstance(tree, Path) else tree
 
 
 def log(message: str) -> None:

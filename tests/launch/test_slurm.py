@@ -80,8 +80,9 @@ def test_script_is_shell(full: Slurm, job: Job) -> None:
         subprocess.run(["bash", "-n"], input=launcher.show(job), text=True, check=True)
 
 
-def test_showing_leaves_nothing(job: Job) -> None:
-    Slurm().show(job)
+def test_showing_needs_no_slurm_and_leaves_nothing(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Slurm().show(job).startswith("#!/bin/bash\n")
     assert not job.run_folder.exists()
 
 
