@@ -113,10 +113,7 @@ def track_sync(run: Run) -> None:
 def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
     try:
-        app(standalone_mode=False)
-        code = 0
-    except typer.Exit as done:
-        code = done.exit_code
+        code = app(standalone_mode=False) or 0  # click returns the code of typer.Exit here
     except ConfigError as error:
         code = _fail(str(error), 2)
     except Exception as error:
