@@ -1,4 +1,5 @@
 set +e
+told= next= requeue=
 trap 'told=yes' TERM # SLURM ends the job and tells the ranks as well: stay to see how they end
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of whoever submitted the job
 restarts=$((${SLURM_RESTART_COUNT:-0} + ${LONGHAUL_CHAINED:-0}))

@@ -61,13 +61,16 @@ def _check(run: TrainRun) -> None:
     """What would otherwise be found when the job at last starts. Writes nothing."""
     from data_pipeline.stream import Corpora
     from pretrain.fields import check_same_run
+    from pretrain.lineage import Lineage
     from pretrain.segments import Segments, first_segment, plan_course
     from pretrain.train import load_run
 
-    if (run.run_folder / "run.yaml").is_file():
-        recorded = load_run(run.run_folder)
-        check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(run.run_folder))
-    plan_course(run, Segments(run.run_folder).read() or [first_segment(run, Corpora(run.data))])
+    if Lineage(run.run_folder).highest() == 0:
+        plan_course(run, [first_segment(run, Corpora(run.data))])
+        return
+    recorded = load_run(run.run_folder)
+    check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(run.run_folder))
+    plan_course(run, Segments(run.run_folder).read())
 
 
 def next_folder(parent: Path, stem: str) -> Path:
