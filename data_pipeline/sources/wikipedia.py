@@ -194,7 +194,7 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _VERBATIM_TAG = re.compile(
-    r"<(?P<tag>nowiki|math|chem|pre|code|syntaxhighlight|source)\b[^<>]*?(?:/>|>(?P<inner>.*?)</(?P=tag)\s*>)",
+    r"<(?P<tag>nowiki|math|chem|pre|syntaxhighlight|source)\b[^<>]*?(?:/>|>(?P<inner>.*?)</(?P=tag)\s*>)",
     re.DOTALL | re.IGNORECASE,
 )
 _OUT_TAG = re.compile(
