@@ -25,6 +25,9 @@ from pydantic_core import ErrorDetails
 
 CONFIGS = Path(__file__).parent
 MAX_NODES = 100_000  # what a file may expand to through its aliases
+MAX_DEPTH = 50
+YAML = "tag:yaml.org,2002:"
+TAGS = {YAML + name for name in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "seq", "map")}
 SUFFIXES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 Tree = Any  # dict, list, str or None, as read from YAML
@@ -44,16 +47,13 @@ def parse_int(value: object) -> int:
         for suffix, factor in SUFFIXES.items():
             if text.endswith(suffix):
                 text, scale = text.removesuffix(suffix), factor
-        try:
-            return int(text) * scale
-        except ValueError:
-            pass
-        try:
-            number = float(text) * scale
-            if math.isfinite(number) and number == int(number) and abs(number) < 2**63:
-                return int(number)
-        except ValueError:
-            pass
+        for read in (int, float):
+            try:
+                number = read(text) * scale
+                if math.isfinite(number) and number == int(number) and abs(number) < 2**63:
+                    return int(number)
+            except (ValueError, OverflowError):
+                continue
     raise ValueError(f"expected a whole number (such as 512, 10e9 or 512Ki), got {value!r}")
 
 
@@ -181,9 +181,10 @@ class _Source:
 
     def override(self, schema: type[Section], tree: Tree, override: str) -> None:
         name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"{override}: expected section.key=value")
         keys: KeyPath = tuple(name.split("."))
+        if not equals or not all(keys):
+            raise ConfigError(f"{override}: expected section.key=value")
+        mark = _Mark(f"command line ({override})")
         node, annotation = tree, schema
         for depth, key in enumerate(keys[:-1]):
             annotation = _child(annotation, node, key)
@@ -192,6 +193,7 @@ class _Source:
                 value = self._section(value, keys[: depth + 1])
             if value is None:
                 value = {}
+                self.marks[keys[: depth + 1]] = mark
             if not isinstance(value, dict):
                 at = ".".join(map(str, keys[: depth + 1]))
                 raise ConfigError(f"{override}: {at} holds a value, not a section")
@@ -199,14 +201,16 @@ class _Source:
             node = value
         for stale in [path for path in self.marks if path[: len(keys)] == keys]:
             del self.marks[stale]
-        node[keys[-1]] = self._parse(text, f"command line ({override})", keys, Path(), lines=False)
+        self.marks[keys] = mark
+        node[keys[-1]] = self._parse(text, mark.file, keys, Path(), lines=False)
 
     def build(self, schema: type[S], tree: Tree, name: str) -> S:
         tree = self._expand(schema, tree, ())
         try:
             return schema.model_validate(tree)
         except ValidationError as error:
-            details = error.errors()
+            # a mistyped key is often the one that is missing, and the unknown one names the nearest
+            details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
             more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
             raise ConfigError(self._explain(schema, tree, details[0], name) + more) from None
 
@@ -215,17 +219,23 @@ class _Source:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark and lines else None
-            raise ConfigError(f"{_Mark(file, line)}: not YAML: {error.problem}") from None
+            raise ConfigError(f"{_Mark(file, line)}: not YAML: {str(error.problem).removeprefix('but ')}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{file}: not YAML: {str(error).splitlines()[0]}") from None
+        except RecursionError:
+            raise ConfigError(f"{file}: nested more than {MAX_DEPTH} deep") from None
         budget = [MAX_NODES]
         return None if node is None else self._construct(node, file, at, folder, lines, budget)
 
     def _construct(self, node: yaml.Node, file: str, at: KeyPath, folder: Path, lines: bool, budget: list[int]) -> Tree:
         mark = _Mark(file, node.start_mark.line + 1 if lines else None)
         budget[0] -= 1
-        if budget[0] < 0 or len(at) > 50:
+        if budget[0] < 0:
             raise ConfigError(f"{mark}: aliases expand to more than {MAX_NODES} values")
+        if len(at) > MAX_DEPTH:
+            raise ConfigError(f"{mark}: nested more than {MAX_DEPTH} deep")
+        if node.tag not in TAGS:
+            raise ConfigError(f"{mark}: {_dotted(at)}: tag {node.tag.replace(YAML, '!!')}: tags are not read")
         self.marks[at], self.folders[at] = mark, folder
         if isinstance(node, yaml.ScalarNode):
             plain_null = node.style is None and node.value in ("", "~", "null")
@@ -239,6 +249,8 @@ class _Source:
             here = _Mark(file, key_node.start_mark.line + 1 if lines else None)
             if not isinstance(key, str):
                 raise ConfigError(f"{here}: expected a name as key")
+            if key_node.tag == YAML + "merge":
+                raise ConfigError(f"{here}: {_dotted((*at, key))}: merge keys are not read; write the keys out")
             if key in tree:
                 raise ConfigError(f"{here}: {_dotted((*at, key))}: given twice")
             tree[key] = self._construct(value_node, file, (*at, key), folder, lines, budget)
@@ -286,6 +298,8 @@ class _Source:
             problem = str(error["ctx"]["error"])
         elif kind == "literal_error":
             problem = f"expected {error['ctx']['expected']}, got {got!r}"
+        elif kind in ("list_type", "tuple_type"):
+            problem = f"expected a list, got {got!r}"
         elif kind in ("model_type", "model_attributes_type", "dict_type"):
             problem = f"expected a section (`key: value` lines, or the name of a .yaml file), got {got!r}"
         else:
@@ -409,7 +423,7 @@ def _paths(annotation: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
                     yield from _paths(member, f"{path}.", depth + 1)
                     if get_origin(member) is dict:
                         yield from _paths(get_args(member)[1], f"{path}.*.", depth + 1)
-                    if get_origin(member) is list:
+                    if get_origin(member) in (list, tuple):
                         yield from _paths(get_args(member)[0], f"{path}.*.", depth + 1)
 
 
