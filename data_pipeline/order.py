@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,7 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.counts = _apportion(np.array(weights, np.float64))  # places of each pool in the window
-        pools = np.repeat(np.arange(len(weights)), self.counts)
-        nth = np.concatenate([np.arange(c) for c in self.counts])
-        due = (2 * nth + 1) / (2 * self.counts[pools])  # evenly spread: the j-th of a is due at (j + 1/2) / a
-        self.pools: Ints = pools[np.lexsort((pools, due))]
+        self.pools = _spread(self.counts.tolist())
         self.places = [np.flatnonzero(self.pools == p) for p in range(len(weights))]
         before = np.zeros((WINDOW + 1, len(weights)), np.int32)
         np.cumsum(self.pools[:, None] == np.arange(len(weights)), axis=0, out=before[1:])
@@ -126,6 +124,27 @@ def _apportion(weights: npt.NDArray[np.float64]) -> Ints:
     while counts.sum() > WINDOW:
         counts[int(np.argmax(counts))] -= 1
     return counts
+
+
+def _spread(counts: Sequence[int]) -> Ints:
+    """The pool of each place of the window; before any place each pool is less than one sample away from its share.
+
+    The j-th (from 0) of a pool's c places lies in [floor(j W / c), ceil((j + 1) W / c)); of those that may stand at a
+    place, the one whose interval ends first does (Baruah et al. 1996, proportionate progress: always feasible).
+    """
+    pools: Ints = np.zeros(WINDOW, np.int64)
+    drawn = [0] * len(counts)
+    waiting = [(0, pool) for pool, count in enumerate(counts) if count]  # (begin of the interval, pool)
+    ready: list[tuple[int, int]] = []  # (end of the interval, pool)
+    for place in range(WINDOW):
+        while waiting and waiting[0][0] <= place:
+            pool = heappop(waiting)[1]
+            heappush(ready, (-(-(drawn[pool] + 1) * WINDOW // counts[pool]), pool))
+        pool = heappop(ready)[1]
+        pools[place] = pool
+        drawn[pool] += 1
+        heappush(waiting, (drawn[pool] * WINDOW // counts[pool], pool))
+    return pools
 
 
 # --- the order ------------------------------------------------------------------------------------------------------
