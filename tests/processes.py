@@ -50,7 +50,8 @@ def on_ranks(
 def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """torchrun's variables, one thread a rank."""
     place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     return {**os.environ, **{k: str(v) for k, v in place.items()}, **quiet}
 
 
