@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from configs import ConfigError
+from data_pipeline.prepare import folder_tokenizer
 from data_pipeline.stream import Corpora
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import checkpoint
@@ -58,5 +59,4 @@ def open_run(name: str) -> Restored:
 
 
 def _tokenizer(run: TrainRun) -> Tokenizer:
-    manifest = next(iter(Corpora(run.data).manifests.values()))
-    return Tokenizer.load(manifest.folder / "tokenizer.json")
+    return folder_tokenizer(next(iter(Corpora(run.data).manifests.values())))
