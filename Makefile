@@ -1,0 +1,51 @@
+# make demo | test | lint | check | bench. Each does its own set-up: .venv, pinned by constraints.txt.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: demo test lint check bench debian-packages
+READY := .venv/ready
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+SLURM := sed -n 's/^PACKAGES = "\(.*\)"$$/\1/p' tests/cluster/slurm.py
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
+
+demo: $(READY)
+	@.venv/bin/python -m launch.demo
+
+test: $(READY)
+	.venv/bin/pytest -n 2 --dist loadfile -rs
+
+lint: $(READY)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+check: lint test  # what CI runs
+
+bench: $(READY)
+	shopt -s nullglob
+	for script in benchmarks/*.py; do .venv/bin/python "$$script"; done
+
+$(READY): pyproject.toml constraints.txt
+	@for python in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+	    ! "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null || break
+	done
+	"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "Python 3.11 or later is needed: PYTHON=/path/to/python make $(MAKECMDGOALS)"; exit 2; }
+	missing=
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=" $${python##*/}-venv"
+	command -v c++ >/dev/null || missing+=" g++"
+	if [ "$$missing" ]; then
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "missing:$$missing; install it, as with: sudo apt-get install$$missing"; exit 2; }
+	    echo "installing$$missing"
+	    $(APT) update
+	    $(APT) install --no-install-recommends $$missing >/dev/null
+	fi
+	echo "installing packages into .venv: about 2 GB, once"
+	"$$python" -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+debian-packages:  # what only the tests of tests/cluster need: a SLURM of their own
+	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "no root, or no Debian: tests/cluster will be skipped"; exit 0; }
+	$(APT) update
+	$(APT) install --no-install-recommends $$($(SLURM)) >/dev/null
