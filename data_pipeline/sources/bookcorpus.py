@@ -131,6 +131,7 @@ _TITLE_LINE = re.compile(
 )
 _RULE = re.compile(r"\s*(?:[-=_~#•·—–]{3,}|[*•·](?:\s*[*•·]){2,})\s*")
 _HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*")
+_LINE_ENDS_SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*$")
 _EMPHASIS = [
     re.compile(r"(?<![\w*])\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*(?![\w*])"),
     re.compile(r"(?<![\w*])\*(?=\S)([^*]+?)(?<=\S)\*(?![\w*])"),
@@ -175,8 +176,9 @@ def _after_title_block(text: str) -> tuple[str, str]:
 def _wrapped_at(blocks: list[list[str]]) -> int | None:
     """The width at which a book's lines were broken, or None for a book whose lines are whole paragraphs."""
     inner = [len(line) for block in blocks for line in block[:-1]]
+    ended = sum(bool(_LINE_ENDS_SENTENCE.search(line)) for block in blocks for line in block[:-1])
     whole = sum(len(block) == 1 for block in blocks)
-    if len(inner) < 8 or len(inner) < whole / 2:
+    if len(inner) < 8 or len(inner) < whole / 2 or ended > len(inner) / 2:
         return None
     width = statistics.quantiles(inner, n=20)[18]
     return int(width) if 30 <= width <= 120 and statistics.median(inner) > width * 0.6 else None

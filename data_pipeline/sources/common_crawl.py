@@ -65,60 +65,82 @@ class CommonCrawl(Section):
 
 
 def _documents(member: Member, reading: Reading) -> Iterator[Document]:
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from fastwarc.warc import ArchiveIterator
 
-    kinds = WarcRecordType.response | WarcRecordType.conversion
-    place, records, end = member.offset, 0, _End(member)
-    held: Document | None = None  # until what follows shows that it was not cut off
+    place, records, stream = member.offset, 0, _Tail(member)
+    held: Document | None = None  # until what follows, or the end of the member, has been read without damage
     try:
-        stream = cast(BinaryIO, end)
-        for record in ArchiveIterator(stream, record_types=WarcRecordType.any_type, parse_http=True, auto_decode="all"):
+        for record in ArchiveIterator(cast(BinaryIO, stream), parse_http=False):
             if held is not None:
                 yield held
-                held = None
             records += 1
             place = member.offset + (0 if member.packing else record.stream_pos)
-            if record.record_type & kinds:
-                held = _document(record, place, reading)
+            held = _document(record, place, reading)
     except OSError as error:
         if not is_content_error(error):
             raise
         if member.packing is None:
-            raise Damage(place, f"not a WARC record ({error})") from None
+            if held is not None:
+                yield held
+            raise Damage(place, f"not a WARC record here, or behind it ({error})") from None
         reading.put_aside("damaged record", f"member at byte {place}")
-    whole = end.last.endswith(b"\r\n\r\n") or end.last.endswith(b"\n\n")
-    if held is not None and whole:
+    if held is not None:
         yield held
-    if member.packing is None and end.last and not (whole and records):
-        raise Damage(place, "the file ends inside this record" if records else "not a WARC file")
+    if member.packing is None and not (stream.is_whole() and records):
+        raise Damage(place, "the file ends inside this record, or behind it" if records else "not a WARC file")
 
 
-class _End:
-    """A stream that remembers its last bytes: a record that is whole ends with two line ends."""
+class _Tail:
+    """A stream that remembers its last bytes, to tell whether its last record is whole."""
+
+    KEPT = 16 * 2**10
 
     def __init__(self, member: Member) -> None:
         self.member, self.last, self.position = member, b"", 0
 
     def read(self, size: int) -> bytes:
         data = self.member.read(size)
-        self.last = (self.last + data)[-4:]
+        self.last = (self.last + data)[-self.KEPT :]
         self.position += len(data)
         return data
 
     def tell(self) -> int:
         return self.position
 
+    def is_whole(self) -> bool:
+        """A record ends with two line ends; so does its header, after which a block must come."""
+        last = self.last.replace(b"\r\n", b"\n")
+        before = last.removesuffix(b"\n\n")
+        return before != last and not before.rpartition(b"\n\n")[2].startswith(b"WARC/")
+
 
 def _document(record: Any, offset: int, reading: Reading) -> Document | None:
-    """A response's or conversion's text, or None (counted) for what is not a page."""
+    """A response's or conversion's text, or None (counted, where it is a page at all) for what gives no document."""
+    from fastwarc.warc import WarcRecordType
+
+    if not record.record_type & (WarcRecordType.response | WarcRecordType.conversion):
+        return None
     uri = record.headers.get("WARC-Target-URI", "").strip("<>")
     name = (record.record_id or "").strip("<>") or f"{reading.part.input.name}:{offset}"
     meta: dict[str, str | int] = {"input": reading.part.input.name, "offset": offset}
-    if record.content_length > MAX_DOCUMENT_BYTES:
+    length = record.content_length
+    if length > MAX_DOCUMENT_BYTES:
         reading.put_aside("record too large", name)
         return None
-    if record.http_headers is None:
+    record.freeze()  # reads it; its length is then what was there
+    if record.content_length < length:
+        reading.put_aside("record shorter than it says", name)
+        return None
+    if record.record_type == WarcRecordType.conversion:
         return Document(decoded(record.reader.read()), name, reading.source, uri, meta)
+    try:
+        record.parse_http(auto_decode="all")
+    except OSError:
+        reading.put_aside("no HTTP answer", name)
+        return None
+    if record.http_headers is None:
+        reading.put_aside("no HTTP answer", name)
+        return None
     if record.http_headers.status_code != 200:
         reading.set_aside["status not 200"] += 1
         return None
