@@ -18,7 +18,7 @@ from configs import Section
 from pretrain.guard import FAILED, HUNG, STOPPED
 
 if TYPE_CHECKING:
-    from pretrain.train import TrainRun
+    pass
 
 RESTARTED = {FAILED: "failed", STOPPED: "stopped and saved", HUNG: "hung"}  # exit codes after which a job starts again
 ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its logs/attempt-<n>
@@ -48,29 +48,14 @@ class Job:
 
 def load_job(path: Path, overrides: Sequence[str]) -> Job:
     """The job of a run's config, or of a run folder: checked against its shards and its past. Raises ConfigError."""
-    from pretrain.train import load_run
+    from pretrain.run import load_run
+    from pretrain.start import examine
 
     run = load_run(path, list(overrides))
-    _check(run)
+    examine(run)  # what would otherwise be found when the job at last starts
     folder = next_folder(run.run_folder / "submissions", "")
     command = ("-u", "-m", "pretrain.cli", "train", str(folder / "run.yaml"))
     return Job(run.name, run.run_folder, folder, configs.dump(run), command)
-
-
-def _check(run: TrainRun) -> None:
-    """What would otherwise be found when the job at last starts. Writes nothing."""
-    from data_pipeline.stream import Corpora
-    from pretrain.fields import check_same_run
-    from pretrain.lineage import Lineage
-    from pretrain.segments import Segments, first_segment, plan_course
-    from pretrain.train import load_run
-
-    if Lineage(run.run_folder).highest() == 0:
-        plan_course(run, [first_segment(run, Corpora(run.data))])
-        return
-    recorded = load_run(run.run_folder)
-    check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(run.run_folder))
-    plan_course(run, Segments(run.run_folder).read())
 
 
 def next_folder(parent: Path, stem: str) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from configs import ConfigError
 from pretrain import checkpoint
 from pretrain.lineage import Lineage
+from pretrain.run import load_run
 from pretrain.segments import SegmentRecord, Segments, amended_segment, plan_course
-from pretrain.train import load_run
 
 
 def amend(run: Path, changes: Sequence[str]) -> SegmentRecord:

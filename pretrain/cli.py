@@ -32,14 +32,17 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="show the resolved run, and do nothing")] = False,
 ) -> None:
     """Train a run, or go on with it from its newest whole checkpoint. One process is one rank."""
-    from pretrain.train import load_run
+    from pretrain.guard import StopSignals
+
+    stop = StopSignals()  # before the imports below take their seconds
+    from pretrain.run import load_run
     from pretrain.train import train as train_run
 
     loaded = load_run(run, overrides)
     if print_config:
         print(configs.dump(loaded), end="")
         return
-    raise typer.Exit(train_run(loaded))
+    raise typer.Exit(train_run(loaded, stop))
 
 
 @app.command()
@@ -79,7 +82,7 @@ def generate(
 def verify(run: Run) -> None:
     """Read every byte of every checkpoint of a run; a line for each that is damaged, and exit 1."""
     from pretrain import checkpoint
-    from pretrain.train import load_run
+    from pretrain.run import load_run
 
     folder = load_run(run).run_folder
     alive = set(checkpoint.live_checkpoints(folder))
@@ -96,8 +99,8 @@ def verify(run: Run) -> None:
 @app.command("track-sync")
 def track_sync(run: Run) -> None:
     """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
+    from pretrain.run import load_run
     from pretrain.track import TrackError, sync
-    from pretrain.train import load_run
 
     loaded = load_run(run)
     try:
@@ -144,7 +147,7 @@ def _explain(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"pretrain: {message}", file=sys.stderr)
     return code
 

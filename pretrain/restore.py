@@ -17,7 +17,7 @@ from pretrain.checkpoint import Committed
 from pretrain.generate import Sampling, sample
 from pretrain.models.gpt import GPT
 from pretrain.models.weights import fill
-from pretrain.train import TrainRun, load_run
+from pretrain.run import TrainRun, load_run
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pretrain.fields import field_class
 from pretrain.lineage import create_exclusively
 
 if TYPE_CHECKING:
-    from pretrain.train import TrainRun
+    from pretrain.run import TrainRun
 
 FORMAT_VERSION = 1
 

@@ -9,7 +9,7 @@ import pytest
 
 import configs
 from launch.job import load_job
-from pretrain.train import TrainRun
+from pretrain.run import TrainRun
 from tests.launch.small_run import write_small_run
 
 

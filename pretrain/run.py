@@ -1,0 +1,84 @@
+"""The configuration of a run: everything that it is. Where it runs is no part of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+import configs
+from configs import ConfigError, Int, Section
+from data_pipeline.stream import Data
+from pretrain.checkpoint import Checkpoints
+from pretrain.engine import EngineSettings
+from pretrain.evaluate import Evaluation
+from pretrain.fields import field_class
+from pretrain.guard import Guard
+from pretrain.models import Model
+from pretrain.objectives import NextToken, Objective
+from pretrain.optim import Optim
+from pretrain.schedule import Schedule
+from pretrain.track import Track
+
+
+class TrainRun(Section):
+    """One frozen tree; every field is of a class (`pretrain/fields.py`) that says when it may change."""
+
+    name: str
+    run_folder: Path
+    seed: Int = Field(default=1, ge=0)
+    model: Model
+    objective: Objective = NextToken()
+    data: Data
+    batch_tokens: Int = Field(gt=0)
+    micro_batch_seqs: Int = Field(gt=0)
+    train_tokens: Int = Field(gt=0)
+    optim: Optim
+    schedule: Schedule
+    engine: EngineSettings
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoints = Checkpoints()
+    guard: Guard = Guard()
+    track: tuple[Track, ...] = ()
+    resume: str = "auto"  # auto, never, must, or the path of a checkpoint
+    log_every_steps: Int = Field(default=10, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainRun:
+        if self.batch_tokens < self.data.seq_tokens:
+            raise ValueError(
+                f"batch_tokens: {self.batch_tokens} is less than one sequence of data.seq_tokens {self.data.seq_tokens}"
+            )
+        if self.data.seq_tokens > self.model.context:
+            raise ValueError(
+                f"data.seq_tokens: {self.data.seq_tokens} is longer than model.context {self.model.context}"
+            )
+        return self
+
+    @property
+    def batch_seqs(self) -> int:
+        """Sequences per step: `batch_tokens` rounded down to whole ones."""
+        return self.batch_tokens // self.data.seq_tokens
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a resume may not change, by dotted path."""
+        flat = configs.flatten(self.model_dump(mode="json"))
+        return {path: value for path, value in flat.items() if field_class(path) == "identity"}
+
+
+def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:
+    """The run of a config file or of a run folder, its paths absolute. Raises ConfigError."""
+    source = path / "run.yaml" if path.is_dir() else path
+    if path.is_dir() and not source.is_file():
+        raise ConfigError(f"{path}: no run.yaml: not a run folder")
+    run = configs.load(TrainRun, source, overrides or [])
+    return configs.build(TrainRun, _absolute(run.model_dump()), str(source))
+
+
+def _absolute(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _absolute(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_absolute(value) for value in tree]
+    return str(tree.absolute()) if isinstance(tree, Path) else tree

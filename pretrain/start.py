@@ -1,0 +1,251 @@
+"""How an attempt begins: fresh, or from the newest checkpoint of the live lineage that verifies on every rank."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import configs
+from configs import ConfigError
+from data_pipeline.shards import write_durably
+from data_pipeline.stream import Corpora, Stream, Validation
+from pretrain import checkpoint
+from pretrain.attempt import Attempt
+from pretrain.checkpoint import Committed, Damaged, Position, Saver
+from pretrain.engine import Engine
+from pretrain.fields import check_same_run
+from pretrain.lineage import Lineage
+from pretrain.meter import Meter, peak_flops
+from pretrain.models.weights import initialize
+from pretrain.ranks import Ranks
+from pretrain.run import TrainRun, load_run
+from pretrain.segments import Course, SegmentRecord, Segments, first_segment, plan_course
+from pretrain.track import Journal, Trackers, start_trackers
+from pretrain.track.journal import read_journal
+
+log = logging.getLogger("pretrain")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was found in the run folder: the segment records, and the checkpoints to try, newest first."""
+
+    records: list[SegmentRecord]
+    candidates: list[tuple[Path, str]]  # folder, manifest hash
+    damaged: list[str]
+    fresh: bool  # no attempt has ever taken a branch
+
+    @property
+    def why(self) -> str:
+        return "resume" if self.candidates else "start"
+
+
+def examine(run: TrainRun) -> Start:
+    """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
+    folder = run.run_folder
+    begun = Lineage(folder).highest() > 0
+    if run.resume == "never" and begun:
+        raise ConfigError(f"resume: never, but {folder} holds a run; give another run_folder, or set resume=auto")
+    if run.resume not in ("auto", "never") and not begun:
+        raise ConfigError(f"resume: {run.resume}, but {folder} holds no run")
+    if not begun:
+        record = first_segment(run, Corpora(run.data))
+        plan_course(run, [record])
+        return Start([record], [], [], fresh=True)
+    recorded = load_run(folder)
+    check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(folder))
+    records = Segments(folder).read()
+    plan_course(run, records)
+    candidates, damaged = _candidates(run)
+    if not candidates and (damaged or checkpoint.all_checkpoints(folder) or _has_steps(folder)):
+        more = f"; {damaged[0]}" if damaged else ""
+        raise ConfigError(f"{folder}: no checkpoint of the live lineage verifies, and steps were trained{more}")
+    return Start(records, candidates, damaged, fresh=False)
+
+
+@contextmanager
+def begin(run: TrainRun, ranks: Ranks) -> Iterator[Attempt]:
+    """Begin an attempt: its course, its engine, its checkpoint, its branch; and end it."""
+    _set_up_logging(ranks)
+    start: Start = ranks.first(lambda: _open_run(run))
+    course = plan_course(run, start.records)
+    model = run.model.build()
+    initialize(model, run.seed)
+    engine = run.engine.build(model, run.optim, ranks)
+    chosen = _load_newest(start, engine, ranks)
+    position = chosen.position if chosen else Position(0, 0, 0, "0" * 32)
+    if ranks.first(lambda: position.samples != course.steps.start(position.step)):
+        raise ConfigError(f"{run.run_folder}: step {position.step} is at sample {position.samples} in its checkpoint")
+    branch = ranks.first(lambda: _take_branch(run, chosen, start))
+    facts = {"identity": run.identity(), "order": course.order.identity, "segments": len(start.records)}
+    stream = Stream(
+        course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
+        run.micro_batch_seqs, ranks.rank, ranks.size,
+    )  # fmt: skip
+    validation = {
+        name: Validation(course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens)
+        for name, count in course.record.generations.items()
+    }
+    journal, trackers = _journal(run, ranks, course, chosen, branch, start) if ranks.rank == 0 else (None, None)
+    saver = Saver(
+        run.run_folder, run.checkpoint, branch, ranks.rank, ranks.size, facts,
+        on_commit=lambda committed: _on_commit(journal, committed),
+        on_removed=lambda folder: _on_removed(journal, folder),
+    )  # fmt: skip
+    peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
+    meter = Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size)
+    attempt = Attempt(run, ranks, course, engine, stream, validation, saver, journal, trackers, position, meter)
+    if chosen is None:
+        attempt.save()
+        attempt.saver.wait()
+    else:
+        saver.last_step = position.step
+    ranks.barrier()
+    try:
+        yield attempt
+    finally:
+        if journal is not None:
+            journal.close()
+        if trackers is not None:
+            trackers.close()
+
+
+def _open_run(run: TrainRun) -> Start:
+    """Rank 0: examine the run folder, and write down what the run is where it is new."""
+    start = examine(run)
+    if start.fresh:
+        run.run_folder.mkdir(parents=True, exist_ok=True)
+        Segments(run.run_folder).clear()
+        write_durably(run.run_folder / "run.yaml", configs.dump(run).encode())
+        Segments(run.run_folder).write(start.records[0])
+    return start
+
+
+def _candidates(run: TrainRun) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Checkpoints to resume from, newest first, whose manifests are whole; and a line for each that is not."""
+    folders = checkpoint.live_checkpoints(run.run_folder)
+    if run.resume not in ("auto", "must", "never"):
+        folders = [Path(run.resume)]
+        if not folders[0].is_dir():
+            raise ConfigError(f"resume: {run.resume}: no such checkpoint")
+    whole, damaged = [], []
+    for folder in folders:
+        try:
+            committed = checkpoint.open_checkpoint(folder)
+        except Damaged as error:
+            damaged.append(str(error))
+            continue
+        _check_identity(committed, run)
+        whole.append((folder, committed.manifest_hash))
+    return whole, damaged
+
+
+def _check_identity(committed: Committed, run: TrainRun) -> None:
+    lines = configs.differences(committed.manifest["identity"], run.identity())
+    if lines:
+        raise ConfigError(f"{committed.folder}: is of another run: {'; '.join(lines)}")
+
+
+def _has_steps(run_folder: Path) -> bool:
+    return any(record.type == "step" for record in read_journal(run_folder))
+
+
+def _load_newest(start: Start, engine: Engine, ranks: Ranks) -> Committed | None:
+    """Load the newest checkpoint that verifies on every rank; None where there is none to load."""
+    for line in start.damaged:
+        _warn(ranks, line)
+    newest: int | None = None
+    for folder, manifest_hash in start.candidates:
+        committed, problem = None, None
+        try:
+            committed = _open_patiently(folder, manifest_hash)
+            newest = committed.position.step if newest is None else newest
+            state = engine.state()
+            checkpoint.load(committed, state)
+            engine.loaded(state)
+        except Damaged as error:
+            problem = str(error)
+        problems = [p for p in ranks.gather(problem) if p is not None]
+        if not problems:
+            assert committed is not None and newest is not None
+            lost = f" ({newest - committed.position.step} steps lost)" if newest != committed.position.step else ""
+            _warn(ranks, f"going on from {committed.folder.name}{lost}", logging.INFO)
+            return committed
+        _warn(ranks, f"{problems[0]}; trying the checkpoint before it")
+    if start.candidates:
+        raise ConfigError(f"{start.candidates[0][0].parent}: no checkpoint verifies")
+    return None
+
+
+def _open_patiently(folder: Path, manifest_hash: str, patience_s: float = 30.0) -> Committed:
+    """Open a checkpoint that rank 0 has seen; a shared file system may show it here a little later."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return checkpoint.open_checkpoint(folder, manifest_hash)
+        except Damaged:
+            if time.monotonic() > deadline or (folder / "MANIFEST.json").is_file():
+                raise
+            time.sleep(0.5)
+
+
+def _take_branch(run: TrainRun, chosen: Committed | None, start: Start) -> int:
+    lineage = Lineage(run.run_folder)
+    if chosen is None:
+        branch = lineage.take(None, 0, None, start.why).branch
+    else:
+        branch = lineage.take(chosen.branch, chosen.position.step, chosen.manifest_hash, start.why).branch
+    checkpoint.sweep(run.run_folder)
+    return branch
+
+
+def _journal(
+    run: TrainRun, ranks: Ranks, course: Course, chosen: Committed | None, branch: int, start: Start
+) -> tuple[Journal, Trackers]:
+    journal = Journal(run.run_folder, branch)
+    datasets = [
+        {"name": name, "source": str(m.folder), "digest": course.record.identities[name][-1][:36]}
+        for name, m in course.corpora.manifests.items()
+    ]
+    journal.attempt(
+        chosen.branch if chosen else None, chosen.position.step if chosen else 0, start.why,
+        config=run.model_dump(mode="json"), datasets=datasets, host=socket.gethostname(), world_size=ranks.size,
+        device=str(ranks.device), torch=torch.__version__, parameters=run.model.parameter_count(),
+    )  # fmt: skip
+    log.info(
+        "%s: %s parameters, %d ranks on %s, steps %d to %d, open blocks up to %d MiB per rank",
+        run.name, f"{run.model.parameter_count():,}", ranks.size, ranks.device.type,
+        chosen.position.step if chosen else 0, course.end_step, run.data.open_blocks_mib,
+    )  # fmt: skip
+    return journal, start_trackers(run.track, run.run_folder)
+
+
+def _on_commit(journal: Journal | None, committed: Committed) -> None:
+    if journal is not None:
+        journal.checkpoint(committed.position.step, "ready", str(committed.folder), committed.manifest_hash)
+        journal.sync()
+        log.info("checkpoint %s", committed.folder.name)
+
+
+def _on_removed(journal: Journal | None, folder: Path) -> None:
+    match = checkpoint.NAME.fullmatch(folder.name)
+    if journal is not None and match is not None:
+        journal.checkpoint(int(match[1]), "removed", str(folder), None)
+
+
+def _warn(ranks: Ranks, line: str, level: int = logging.WARNING) -> None:
+    if ranks.rank == 0:
+        log.log(level, "%s", line)
+
+
+def _set_up_logging(ranks: Ranks) -> None:
+    name = "" if ranks.size == 1 else f" rank {ranks.rank}"
+    logging.basicConfig(format=f"%(asctime)s{name} %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
