@@ -23,8 +23,7 @@ lint: $(READY)
 check: lint test  # what CI runs
 
 bench: $(READY)
-	shopt -s nullglob
-	for script in benchmarks/*.py; do .venv/bin/python "$$script"; done
+	for script in benchmarks/[a-z]*.py; do .venv/bin/python -m "benchmarks.$$(basename "$$script" .py)"; done
 
 $(READY): pyproject.toml constraints.txt
 	@for python in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do

@@ -120,7 +120,7 @@ def _step_reached() -> int:
 
 
 def _last_step() -> int:
-    from pretrain.train import load_run
+    from pretrain.run import load_run
 
     run = load_run(Path("configs/demo.yaml"))
     return -(-run.train_tokens // (run.batch_seqs * run.data.seq_tokens))
