@@ -32,7 +32,7 @@ from torch import Tensor
 from configs import ConfigError, Float, Int, Section
 from data_pipeline.shards import HashedFile, sync_folder, write_durably
 from pretrain.engine.state import MASTER, Fragment, State
-from pretrain.lineage import Lineage
+from pretrain.lineage import Lineage, TakenOver
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 4 * 2**20
@@ -260,11 +260,20 @@ class Saver:
                 self.on_commit(committed)
                 self._retire()
         except OSError as error:
-            path = error.filename or folder
-            self._error = SaveError(f"{path}: {error.strerror or error}: checkpoint of step {position.step} not saved")
+            self._error = self._taken_over() or SaveError(
+                f"{error.filename or folder}: {error.strerror or error}: checkpoint of step {position.step} not saved"
+            )
             shutil.rmtree(folder, ignore_errors=True)
         except Exception as error:
             self._error = error
+
+    def _taken_over(self) -> TakenOver | None:
+        """Another attempt sweeps what this one writes."""
+        try:
+            self.lineage.check(self.branch)
+        except TakenOver as error:
+            return error
+        return None
 
     def _write(self, folder: Path, record: dict[str, Any]) -> None:
         assert self._buffer is not None
