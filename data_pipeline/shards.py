@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -69,12 +70,12 @@ class Format:
         """Of token ids on disk: uint16 when the vocabulary fits, else uint32, little-endian."""
         return np.dtype("<u2") if self.vocab_size <= 2**16 else np.dtype("<u4")
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Of a full block's .npy member."""
         return len(_npy(np.zeros(self.block_tokens + 1, self.dtype)))
 
-    @property
+    @cached_property
     def index_dtype(self) -> np.dtype[Any]:
         """One row of a shard's index. `check` is the xxh3-64 of the row's bytes before it, seeded by the row number."""
         chunks = -(-self.block_bytes // CHUNK_BYTES)
@@ -408,7 +409,7 @@ def seal(folder: Path, format: Format, head: dict[str, Any], slices: Sequence[Se
     manifest["sha256"] = _self_hash(manifest)
     old = sorted(folder.glob("shards.*.parquet"))
     write_durably(folder / manifest["table"], buffer.getvalue())
-    write_durably(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    write_durably(folder / MANIFEST, _head_bytes(manifest))
     for table in old:
         if table.name != manifest["table"]:
             table.unlink()
@@ -459,9 +460,8 @@ class Manifest:
 
     def shards(self, split: Split, generation: int) -> Shards:
         """The shards of a split and generation, their blocks numbered through in the manifest's order."""
-        mine = np.array(self.table["generation"]) == generation
-        mine &= np.asarray(self.table["split"].to_numpy(zero_copy_only=False) == split)
-        return Shards(self, self.table.filter(pa.array(mine)))
+        mine = pc.and_(pc.equal(self.table["generation"], generation), pc.equal(self.table["split"], split))
+        return Shards(self, self.table.filter(mine))
 
 
 def read_head(folder: Path) -> dict[str, Any]:
@@ -481,6 +481,10 @@ def read_head(folder: Path) -> dict[str, Any]:
     return dict(head)
 
 
+def _head_bytes(head: dict[str, Any]) -> bytes:
+    return (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _self_hash(head: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json({k: v for k, v in head.items() if k != "sha256"}).encode()).hexdigest()
 
@@ -488,7 +492,7 @@ def _self_hash(head: dict[str, Any]) -> str:
 class Shards:
     """The shards of one split and generation: blocks by number, each checked against its hash when read."""
 
-    MAX_OPEN = 16  # files; an index row and a block cost one pread each
+    MAX_OPEN = 4  # files, of two shards: blocks are dealt from all shards, so more would seldom be asked for again
 
     def __init__(self, manifest: Manifest, table: pa.Table) -> None:
         self.manifest, self.format, self.table = manifest, manifest.format, table
@@ -584,6 +588,8 @@ def verify(folder: Path) -> Iterator[str]:
     except ShardError as error:
         yield str(error)
         return
+    if (folder / MANIFEST).read_bytes() != _head_bytes(manifest.head):
+        yield f"{folder / MANIFEST}: changed since it was written, though not in meaning"
     expected = {folder / MANIFEST, folder / manifest.head["table"]}
     for name, hash_ in manifest.head.get("files", {}).items():
         expected.add(folder / name)
@@ -605,10 +611,11 @@ def verify(folder: Path) -> Iterator[str]:
 
 
 def _unexpected(folder: Path, expected: set[Path]) -> Iterator[str]:
-    """Files among the slices that the manifest does not name. A slice without shards has only its record and ids."""
-    for path in sorted((folder / "slices").glob("[!.]*/*")):
-        if path not in expected and path.name not in ("ids.npy", "slice.json"):
-            yield f"{path}: not named by {MANIFEST}"
+    """What lies among the slices and is not named by the manifest."""
+    slices = folder / "slices"
+    found = {path for path in slices.glob("[!.]*") if not path.is_dir()} | set(slices.glob("[!.]*/*"))
+    for path in sorted(found - expected):
+        yield f"{path}: not named by {MANIFEST}"
 
 
 def _check_file(path: Path, expected: str) -> Iterator[str]:
