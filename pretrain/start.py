@@ -41,10 +41,7 @@ class Start:
     candidates: list[tuple[Path, str]]  # folder, manifest hash
     damaged: list[str]
     fresh: bool  # no attempt has ever taken a branch
-
-    @property
-    def why(self) -> str:
-        return "resume" if self.candidates else "start"
+    why: str = "start"
 
 
 def examine(run: TrainRun) -> Start:
@@ -67,7 +64,7 @@ def examine(run: TrainRun) -> Start:
     if not candidates and (damaged or checkpoint.all_checkpoints(folder) or _has_steps(folder)):
         more = f"; {damaged[0]}" if damaged else ""
         raise ConfigError(f"{folder}: no checkpoint of the live lineage verifies, and steps were trained{more}")
-    return Start(records, candidates, damaged, fresh=False)
+    return Start(records, candidates, damaged, fresh=False, why=_why(run) if candidates else "start")
 
 
 @contextmanager
@@ -130,13 +127,9 @@ def _open_run(run: TrainRun) -> Start:
 
 def _candidates(run: TrainRun) -> tuple[list[tuple[Path, str]], list[str]]:
     """Checkpoints to resume from, newest first, whose manifests are whole; and a line for each that is not."""
-    folders = checkpoint.live_checkpoints(run.run_folder)
-    if run.resume not in ("auto", "must", "never"):
-        folders = [Path(run.resume)]
-        if not folders[0].is_dir():
-            raise ConfigError(f"resume: {run.resume}: no such checkpoint")
+    named = None if run.resume in ("auto", "must", "never") else _named(run)
     whole, damaged = [], []
-    for folder in folders:
+    for folder in checkpoint.live_checkpoints(run.run_folder) if named is None else [named]:
         try:
             committed = checkpoint.open_checkpoint(folder)
         except Damaged as error:
@@ -145,6 +138,28 @@ def _candidates(run: TrainRun) -> tuple[list[tuple[Path, str]], list[str]]:
         _check_identity(committed, run)
         whole.append((folder, committed.manifest_hash))
     return whole, damaged
+
+
+def _named(run: TrainRun) -> Path | None:
+    """The checkpoint that `resume` names; None where the live lineage has gone on from it already.
+
+    A job that is started again with the same configuration must not go back to it again.
+    """
+    folder, home = Path(run.resume).absolute(), run.run_folder.absolute() / "checkpoints"
+    if folder.parent != home:
+        raise ConfigError(f"resume: {run.resume}: not a checkpoint of this run; they lie in {home}")
+    lineage = Lineage(run.run_folder)
+    branches = lineage.branches()
+    if any(branches[number].why == _why(run) for number, _ in lineage.live()):
+        return None
+    if not folder.is_dir():
+        raise ConfigError(f"resume: {run.resume}: no such checkpoint")
+    return folder
+
+
+def _why(run: TrainRun) -> str:
+    """What the record of a branch says that goes on from a checkpoint."""
+    return "resume" if run.resume in ("auto", "must", "never") else f"resume from {Path(run.resume).name}"
 
 
 def _check_identity(committed: Committed, run: TrainRun) -> None:

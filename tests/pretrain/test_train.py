@@ -108,7 +108,11 @@ def test_what_a_start_refuses(tmp_path: Path) -> None:
     assert refused(config, "resume=never") == (
         f"pretrain: resume: never, but {folder} holds a run; give another run_folder, or set resume=auto"
     )
-    assert refused(config, "resume=/no/where") == "pretrain: resume: /no/where: no such checkpoint"
+    assert refused(config, "resume=/no/where") == (
+        f"pretrain: resume: /no/where: not a checkpoint of this run; they lie in {folder}/checkpoints"
+    )
+    missing = f"{folder}/checkpoints/step-7.b1"
+    assert refused(config, f"resume={missing}") == f"pretrain: resume: {missing}: no such checkpoint"
     assert refused(config, "seed=2") == (
         f"pretrain: {folder}: seed: 1 -> 2: is part of what this run is; give another run_folder to start a new run"
     )
@@ -120,6 +124,13 @@ def test_what_a_start_refuses(tmp_path: Path) -> None:
     assert refused(config) == (
         f"pretrain: {folder}: no checkpoint of the live lineage verifies, and steps were trained"
     )
+
+
+def test_every_rank_of_a_refused_start_exits_with_2_and_one_says_why(tmp_path: Path) -> None:
+    started = Started(write_run(tmp_path, steps=10), 3, "resume=must")
+    assert started.wait() == [2, 2, 2]
+    said = [path.read_text().splitlines() for path in started.outputs]
+    assert said == [[f"pretrain: resume: must, but {tmp_path / 'run'} holds no run"], [], []]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
@@ -162,6 +173,16 @@ def test_amended_in_mid_run(tmp_path: Path) -> None:
     position = final_state(tmp_path)[0]
     left = 40 * 640 - 640 * step
     assert position["step"] == step + -(-left // 1280)
+
+
+def test_resumed_from_a_named_checkpoint_and_only_once(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    run_to_end(config, 1, "checkpoint.keep_last=9")
+    golden = final_state(tmp_path)[0]
+    named = f"resume={tmp_path}/run/checkpoints/step-20.b1"
+    assert "going on from step-20.b1" in run_to_end(config, 1, "checkpoint.keep_last=9", named)
+    assert "going on from step-40.b2" in run_to_end(config, 1, "checkpoint.keep_last=9", named)
+    assert final_state(tmp_path)[0] == golden
 
 
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
