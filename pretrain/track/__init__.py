@@ -1,4 +1,4 @@
-"""Tracking: the loop writes the journal (`journal.py`), and trackers follow it, each in its own thread.
+"""Tracking: the loop writes the journal (`journal.py`), and trackers follow it in a process of their own.
 
 A new tracker is one file with its config class, whose `build(run_folder)` gives a `Tracker`, and its name in `Track`.
 """
@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.track.follower import Busy, Tracker, Trackers, carry_all, cause
+from pretrain.track.follower import Busy, Tracker, carry_all, cause
 from pretrain.track.journal import Journal
 from pretrain.track.mlflow import Mlflow, MlflowTracker
+from pretrain.track.process import Trackers
 
 Track = Mlflow  # the second one makes it Annotated[Mlflow | Other, Field(discriminator="kind")]
 
@@ -34,7 +35,7 @@ class Synced:
 
 def start_trackers(track: Sequence[Track], run_folder: Path) -> Trackers:
     """Follow the journal of a run from now on, and what older attempts left (rank 0 only). Never raises."""
-    return Trackers([config.build(run_folder) for config in track])
+    return Trackers(track, run_folder)
 
 
 def sync(

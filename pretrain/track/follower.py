@@ -1,4 +1,4 @@
-"""A follower carries the journal to a tracker in a thread of its own: it never slows the loop and never raises into it.
+"""A follower calls a tracker again and again, in a thread, until everything in the journal has been carried.
 
 While the tracker cannot be reached the follower waits, longer each time, and then goes on from where it was: the
 journal keeps everything meanwhile. What is left at the end is for `pretrain track-sync RUN`.
@@ -17,7 +17,6 @@ from pretrain.track.mask import mask_text
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 60.0
-CATCH_UP_SHARE = 0.25  # of the time, while there is a backlog: the interpreter lock is the training loop's
 
 
 class Busy(Exception):
@@ -67,12 +66,8 @@ class Follower(threading.Thread):
     def _pass(self) -> bool:
         """Carry everything that is there. Whether that was possible."""
         try:
-            while not self._given_up:
-                began = time.monotonic()
-                if not self.tracker.carry():
-                    break
-                if not self._closing:
-                    self._wait((time.monotonic() - began) * (1 / CATCH_UP_SHARE - 1))
+            while not self._given_up and self.tracker.carry():
+                pass
         except Busy:
             return False
         except Exception as error:
@@ -100,8 +95,8 @@ class Follower(threading.Thread):
         self._wake.clear()
 
 
-class Trackers:
-    """The followers of a run. With none, all of this is nothing."""
+class Followers:
+    """The followers of one run."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._followers = [Follower(tracker) for tracker in trackers]
