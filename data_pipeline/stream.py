@@ -7,6 +7,7 @@ with another first step; threads, caches and micro-batches decide how fast it co
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import OrderedDict, deque
@@ -47,6 +48,14 @@ class Data(Section):
     read_threads: Int = Field(default=1, gt=0)
     prefetch_steps: Int = Field(default=2, gt=0)
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        for name in sources:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"expected names of letters, digits, - and _, got {name!r}")  # they stand in key paths
+        return sources
 
     @field_validator("seq_tokens", "lanes")
     @classmethod
@@ -140,13 +149,13 @@ class Stream:
     ) -> None:
         self.order, self.steps, self.skips, self.data = order, steps, skips, data
         self.micro_batch_seqs, self.rank, self.ranks = micro_batch_seqs, rank, ranks
-        self.open_blocks = _OpenBlocks(shards, self.open_blocks_needed())
+        self.open_blocks = _OpenBlocks(shards, self._open_blocks_needed(shards))
 
-    def open_blocks_needed(self) -> int:
+    def _open_blocks_needed(self, shards: Sequence[Shards]) -> int:
         """How many blocks this rank has open at once: a group per lane and pool, within the memory allowed."""
         lanes = math.ceil(self.order.lanes / self.ranks) + 1
         needed = min(lanes, self.order.lanes) * self.order.group_blocks * len(self.order.pools) * 2
-        block_bytes = max(p.rows for p in self.order.pools) * self.data.seq_tokens * 2
+        block_bytes = max((s.format.block_tokens + 1) * s.format.dtype.itemsize for s in shards)
         return max(4, min(needed, self.data.open_blocks_mib * MIB // block_bytes))
 
     def micro_steps(self, step: int) -> int:

@@ -1,0 +1,343 @@
+"""Batches: the same samples whatever the ranks, micro-batches, threads and caches; validation rows; refusals."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from configs import ConfigError, build
+from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
+from data_pipeline.shards import Format, ShardError, seal
+from data_pipeline.stream import MIB, Batch, Corpora, Data, Stream, Validation, timed
+from tests.corpora import FORMAT, make_corpus, make_slice
+
+T = 128  # seq_tokens
+BATCH = 10
+LANES = 4
+STEPS = 9  # the last three with half the batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two corpora, alpha and beta."""
+    place = tmp_path_factory.mktemp("corpora")
+    make_corpus(place / "alpha", 1, slices=2, documents=60)
+    make_corpus(place / "beta", 2, slices=1, documents=60)
+    return place
+
+
+def data_of(folder: Path, names: Sequence[str] = ("alpha", "beta"), **more: Any) -> Data:
+    sources = {name: {"shards": str(folder / name), "weight": 1 + i} for i, name in enumerate(names)}
+    return build(Data, {"seq_tokens": T, "sources": sources, "group_blocks": 2, **more}, "test")
+
+
+class Plan:
+    """Corpora, and their order."""
+
+    def __init__(self, data: Data, skips: Skips | None = None) -> None:
+        self.data, self.corpora, self.skips = data, Corpora(data), skips or Skips()
+        generations = dict.fromkeys(data.sources, 1)
+        self.pools = self.corpora.pools(generations)
+        segment = Segment(0, {name: source.weight for name, source in data.sources.items()}, generations)
+        self.order = Order(3, self.pools, LANES, data.group_blocks, [segment])
+        self.steps = Steps([(0, BATCH), (6 * BATCH, BATCH // 2)])
+
+    def stream(self, micro_batch_seqs: int = 3, rank: int = 0, ranks: int = 1, **more: Any) -> Stream:
+        data = self.data.model_copy(update=more)
+        shards = self.corpora.shards(self.pools)
+        return Stream(self.order, self.steps, self.skips, shards, data, micro_batch_seqs, rank, ranks)
+
+    def samples(self, step: int) -> npt.NDArray[np.int64]:
+        return np.arange(self.steps.start(step), self.steps.start(step + 1))
+
+    def rows(self, samples: npt.NDArray[np.int64]) -> list[list[int]]:
+        """The tokens of samples, read one by one from their blocks."""
+        at, shards = self.order.locate(samples), self.corpora.shards(self.pools)
+        places = zip(at.pool.tolist(), at.block.tolist(), at.row.tolist(), strict=True)
+        return [shards[pool].read(block)[row * T : row * T + T + 1].tolist() for pool, block, row in places]
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path) -> Plan:
+    return Plan(data_of(folder))
+
+
+def flat(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    return batch.tokens.reshape(-1, T + 1), batch.valid.reshape(-1)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    parts = np.array_equal(a.tokens, b.tokens) and np.array_equal(a.valid, b.valid)
+    return parts and (a.step, a.digest) == (b.step, b.digest)
+
+
+# --- what a batch is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("micro_batch_seqs", [1, 3, 100])
+def test_a_step_is_the_same_for_any_ranks_and_micro_batches(ranks: int, micro_batch_seqs: int, plan: Plan) -> None:
+    streams = [plan.stream(micro_batch_seqs, rank, ranks) for rank in range(ranks)]
+    for step in range(STEPS):
+        samples = plan.samples(step)
+        expected = plan.rows(samples)
+        batches = [stream.batch(step) for stream in streams]
+        assert len({batch.tokens.shape for batch in batches}) == 1  # as many micro-batches of the same size everywhere
+        assert batches[0].tokens.shape[0] == streams[0].micro_steps(step)
+        assert batches[0].tokens.shape[1] <= micro_batch_seqs
+        fed: Counter[tuple[int, ...]] = Counter()
+        for rank, batch in enumerate(batches):
+            tokens, valid = flat(batch)
+            mine = cut(samples, LANES, rank, ranks)
+            assert tokens[: len(mine)].tolist() == plan.rows(mine)
+            assert valid.tolist() == [T] * len(mine) + [0] * (len(valid) - len(mine))
+            assert not tokens[len(mine) :].any()
+            fed.update(map(tuple, tokens[: len(mine)].tolist()))
+        assert fed == Counter(map(tuple, expected))
+        assert sum(batch.digest for batch in batches) % 2**128 == digest(samples, np.array(expected))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder: Path, plan: Plan) -> None:
+    skipping = Plan(plan.data, Skips([(13, 17), (19, 20), (30, 40)]))
+    for step in range(STEPS):
+        samples = plan.samples(step)
+        fed = np.array([not (13 <= n < 17 or n == 19 or 30 <= n < 40) for n in samples])
+        total = 0
+        for rank in range(ranks):
+            batch, whole = skipping.stream(3, rank, ranks).batch(step), plan.stream(3, rank, ranks).batch(step)
+            assert np.array_equal(batch.tokens, whole.tokens)
+            mine = cut(samples, LANES, rank, ranks)
+            assert flat(batch)[1][: len(mine)].tolist() == [T if fed[n - samples[0]] else 0 for n in mine]
+            total += batch.digest
+        assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
+
+
+# --- how it comes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read_threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("prefetch_steps", [1, 5])
+def test_reading_ahead_changes_nothing(read_threads: int, prefetch_steps: int, plan: Plan) -> None:
+    stream = plan.stream(read_threads=read_threads, prefetch_steps=prefetch_steps)
+    ahead = list(stream.batches(0, STEPS))
+    assert [batch.step for batch in ahead] == list(range(STEPS))
+    assert all(same(batch, plan.stream().batch(batch.step)) for batch in ahead)
+
+
+def test_going_on_in_the_middle_is_the_same(plan: Plan) -> None:
+    whole = list(plan.stream().batches(0, STEPS))
+    for first in (1, 6, STEPS):
+        later = list(plan.stream().batches(first, STEPS))
+        assert len(later) == STEPS - first
+        assert all(same(a, b) for a, b in zip(whole[first:], later, strict=True))
+
+
+@pytest.mark.parametrize("capacity", [1, 2])
+def test_a_cache_that_is_too_small_changes_nothing(capacity: int, plan: Plan) -> None:
+    stream = plan.stream(read_threads=4)
+    stream.open_blocks.capacity = capacity
+    assert all(same(batch, plan.stream().batch(batch.step)) for batch in stream.batches(0, STEPS))
+    assert len(stream.open_blocks.blocks) == capacity
+
+
+@pytest.mark.parametrize(("vocab_size", "blocks"), [(509, 31), (70_000, 15)])
+def test_open_blocks_keep_to_their_memory(vocab_size: int, blocks: int, tmp_path: Path) -> None:
+    """A block of 2^14 tokens takes a little over 32 or 64 KiB."""
+    format = Format(2**14, vocab_size, vocab_size - 1)
+    seal(tmp_path / "alpha", format, {}, [make_slice(tmp_path / "alpha", "s0", 1, 500, format)])
+    data = data_of(tmp_path, ["alpha"], group_blocks=64, open_blocks_mib=1)
+    plan = Plan(data)
+    capacity = plan.stream().open_blocks.capacity
+    assert capacity == blocks
+    assert capacity * plan.corpora.shards(plan.pools)[0].read(0).nbytes <= MIB
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("longhaul-read")]
+
+
+@pytest.mark.parametrize("read_threads", [1, 3])
+def test_a_damaged_block_ends_the_stream_with_its_name(read_threads: int, folder: Path, plan: Plan) -> None:
+    at = plan.order.locate(plan.samples(4))
+    pool, block = int(at.pool[0]), int(at.block[0])
+    shards = plan.corpora.shards(plan.pools)[pool]
+    shard, row = shards.locate(block)
+    path = shards.path(shard, "tar")
+    data = path.read_bytes()
+    damaged = bytearray(data)
+    offset = int(np.load(shards.path(shard, "index.npy"))[row]["offset"])
+    damaged[offset + 1000] ^= 1
+    used = [plan.order.locate(plan.samples(step)) for step in range(STEPS)]
+    first = next(i for i, x in enumerate(used) if ((x.pool == pool) & (x.block == block)).any())
+    path.write_bytes(damaged)
+    seen = []
+    try:
+        with pytest.raises(ShardError, match=f"^{re.escape(str(path))}: block {row} is damaged; see data-prep verify$"):
+            for batch in plan.stream(read_threads=read_threads, prefetch_steps=4).batches(0, STEPS):
+                seen.append(batch.step)
+    finally:
+        path.write_bytes(data)
+    assert seen == list(range(first))  # what is whole comes first
+    assert reading_threads() == []
+
+
+def test_closing_in_the_middle_leaves_no_threads(plan: Plan) -> None:
+    batches = plan.stream(read_threads=3, prefetch_steps=4).batches(0, STEPS)
+    next(batches)
+    assert reading_threads()
+    batches.close()  # type: ignore[attr-defined]
+    assert reading_threads() == []
+
+
+def test_the_wait_for_each_batch_is_given(plan: Plan) -> None:
+    found = list(timed(plan.stream().batches(0, 3)))
+    assert [batch.step for batch, _ in found] == [0, 1, 2]
+    assert all(waited >= 0 for _, waited in found)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def validation_streams(corpora: Corpora, name: str) -> list[list[int]]:
+    """The validation stream of each slice, joined from its blocks and tail."""
+    shards = corpora.manifests[name].shards("validation", 0)
+    streams: dict[str, list[int]] = {}
+    for shard in range(len(shards)):
+        stream = streams.setdefault(str(shards.table["slice"][shard]), [])
+        for row in range(shards.table["blocks"][shard].as_py()):
+            stream += shards.member(shard, row)[:-1].tolist()
+        if shards.table["tail_tokens"][shard].as_py():
+            stream += shards.member(shard, shards.table["blocks"][shard].as_py()).tolist()
+    return list(streams.values())
+
+
+def validation_rows(validation: Validation, rows: int = 1, ranks: int = 1) -> list[list[int]]:
+    """Every row's valid tokens (inputs and the last target), put back in order."""
+    by_rank = [list(validation.batches(rows, rank, ranks)) for rank in range(ranks)]
+    assert len({len(batches) for batches in by_rank}) == 1
+    found = []
+    for batches in zip(*by_rank, strict=True):
+        for i in range(rows):
+            for tokens, valid in batches:
+                assert tokens.shape == (rows, T + 1)
+                assert not tokens[i, valid[i] + 1 :].any()
+                if valid[i]:
+                    found.append(tokens[i, : valid[i] + 1].tolist())
+                else:
+                    assert not tokens[i].any()
+    return found
+
+
+def test_validation_has_every_target_once(plan: Plan) -> None:
+    for name in ("alpha", "beta"):
+        streams = validation_streams(plan.corpora, name)
+        validation = Validation(plan.corpora.manifests[name], 1, T, 10**9)
+        expected = [
+            stream[begin : begin + T + 1] for stream in streams for begin in range(0, len(stream) - 1, T)
+        ]  # blocks hold whole rows, so that rows are the stream's runs of T
+        assert len(streams) == len(set(plan.corpora.manifests[name].table["slice"].to_pylist()))
+        assert validation_rows(validation) == expected
+        assert validation.tokens == sum(len(row) - 1 for row in expected) == sum(len(s) - 1 for s in streams)
+        assert any(len(stream) > FORMAT.block_tokens for stream in streams)
+        for ranks in (1, 2, 3):
+            for rows in (2, 5):
+                assert validation_rows(validation, rows, ranks) == expected
+
+
+@pytest.mark.parametrize("most", [1, T, 500, 1500])
+def test_validation_stops_at_its_most(most: int, plan: Plan) -> None:
+    validation = Validation(plan.corpora.manifests["alpha"], 1, T, most)
+    rows = validation_rows(validation)
+    assert validation.tokens == most == sum(len(row) - 1 for row in rows)
+    whole = validation_rows(Validation(plan.corpora.manifests["alpha"], 1, T, 10**9))
+    assert rows == [row[: len(mine)] for row, mine in zip(whole, rows, strict=False)]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(make: Callable[[], object]) -> str:
+    with pytest.raises(ConfigError) as error:
+        make()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("format", "head", "message"),
+    [
+        (
+            FORMAT,
+            {"tokenizer_sha256": "1" * 64},
+            f"data.sources.other: tokenizer_sha256 is {'1' * 64}, but alpha has {'0' * 64}; "
+            "prepare all sources of a run with one tokenizer",
+        ),
+        (
+            Format(2**10, 600, 508),
+            {"tokenizer_sha256": "0" * 64},
+            "data.sources.other: vocab_size is 600, but alpha has 509; prepare all sources of a run with one tokenizer",
+        ),
+        (
+            Format(2**10, 509, 507),
+            {"tokenizer_sha256": "0" * 64},
+            "data.sources.other: end_of_text is 507, but alpha has 508; "
+            "prepare all sources of a run with one tokenizer",
+        ),
+        (
+            Format(2**6, 509, 508),
+            {"tokenizer_sha256": "0" * 64},
+            "data.seq_tokens: 128 does not divide the 64 tokens of the blocks of other",
+        ),
+    ],
+)
+def test_corpora_that_do_not_go_together(
+    format: Format, head: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    seal(tmp_path / "other", format, head, [make_slice(tmp_path / "other", "s0", 9, 3, format)])
+    sources = {"alpha": {"shards": str(folder / "alpha")}, "other": {"shards": str(tmp_path / "other")}}
+    assert refused(lambda: Corpora(data_of(folder, sources=sources))) == message
+
+
+def test_a_corpus_without_a_full_block(tmp_path: Path) -> None:
+    seal(tmp_path / "alpha", FORMAT, {}, [make_slice(tmp_path / "alpha", "s0", 9, 2)])
+    corpora = Corpora(data_of(tmp_path, ["alpha"]))
+    assert refused(lambda: corpora.pools({"alpha": 1})) == (
+        f"data.sources.alpha: no full block of 1024 tokens in generation 0 of {tmp_path / 'alpha'}; "
+        "give it more text, or prepare it with smaller block_tokens"
+    )
+
+
+def test_a_corpus_that_is_not_there(tmp_path: Path) -> None:
+    assert refused(lambda: Corpora(data_of(tmp_path, ["alpha"]))) == (
+        f"data.sources.alpha.shards: {tmp_path / 'alpha'}: no MANIFEST.json: not a corpus, or not finished; "
+        "run data-prep run"
+    )
+
+
+def test_generations_that_are_not_there(folder: Path) -> None:
+    sources = {"alpha": {"shards": str(folder / "alpha"), "generations": 2}}
+    assert refused(lambda: Corpora(data_of(folder, sources=sources))) == (
+        f"data.sources.alpha.generations: 2 asked for, {folder / 'alpha'} has 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seq_tokens", "100", "seq_tokens: expected a power of two, got 100"),
+        ("lanes", "12", "lanes: expected a power of two, got 12"),
+        ("lanes", "1Ki", "lanes: input should be less than or equal to 512, got '1Ki'"),
+        ("sources", {"a.b": {"shards": "x"}}, "sources: expected names of letters, digits, - and _, got 'a.b'"),
+        ("on_exhausted", "wait", "on_exhausted: expected 'refuse', 'stop' or 'reweight', got 'wait'"),
+    ],
+)
+def test_impossible_settings(key: str, value: Any, message: str, folder: Path) -> None:
+    assert refused(lambda: data_of(folder, **{key: value})) == f"test: {message}"
