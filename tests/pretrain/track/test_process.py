@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from pretrain.track import Journal, Mlflow, start_trackers
+from pretrain.track.journal import read_journal
 
 from .conftest import Place
 
@@ -33,9 +35,15 @@ print(trackers.close(float(deadline)) if deadline else time.sleep(600), flush=Tr
 """
 
 
-def loop(uri: str, experiment: str, run: Path, deadline: str) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def loop(uri: str, experiment: str, run: Path, deadline: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", LOOP, uri, experiment, str(run), deadline]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -77,8 +85,7 @@ def test_the_end_is_carried_although_the_loop_is_killed(on_database: Place, tmp_
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(pid, number)
         go_on(process)
-        wait_for(lambda: b'"type": "step"' in (tmp_path / "journal" / "1.jsonl").read_bytes())
-        process.kill()
+        wait_for(lambda: any(record.type == "step" for record in read_journal(tmp_path)))
     wait_for(lambda: is_gone(pid))
     assert losses(config) == [1.0]
 
@@ -91,7 +98,7 @@ def test_a_server_that_never_answers_keeps_no_process_alive(tmp_path: Path) -> N
             silent.accept()  # the request has begun
             go_on(process)
             assert said(process) == "False"
-        assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=30) == 0
         wait_for(lambda: is_gone(pid))
 
 
