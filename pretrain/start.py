@@ -226,7 +226,7 @@ def _journal(
 ) -> tuple[Journal, Trackers]:
     journal = Journal(run.run_folder, branch)
     datasets = [
-        {"name": name, "source": str(m.folder), "digest": course.record.identities[name][-1][:36]}
+        {"name": name, "source": str(m.folder), "digest": course.record.identities[name][-1]}
         for name, m in course.corpora.manifests.items()
     ]
     journal.attempt(
