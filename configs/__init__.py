@@ -116,6 +116,15 @@ def dump(section: Section) -> str:
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def absolute(tree: Tree) -> Tree:
+    """A dumped tree (`model_dump()`) with its paths made absolute, as text."""
+    if isinstance(tree, dict):
+        return {key: absolute(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [absolute(value) for value in tree]
+    return str(tree.absolute()) if isinstance(tree, Path) else tree
+
+
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a dumped tree by its dotted path; an empty mapping or a list is a leaf."""
     if isinstance(tree, dict) and tree:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from heapq import heappop, heappush
 from typing import Any
 
@@ -88,7 +88,7 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.counts = _apportion(np.array(weights, np.float64))  # places of each pool in the window
-        self.pools = _spread(self.counts.tolist())
+        self.pools = _spread(tuple(self.counts.tolist()))
         self.places = [np.flatnonzero(self.pools == p) for p in range(len(weights))]
         before = np.zeros((WINDOW + 1, len(weights)), np.int32)
         np.cumsum(self.pools[:, None] == np.arange(len(weights)), axis=0, out=before[1:])
@@ -126,7 +126,8 @@ def _apportion(weights: npt.NDArray[np.float64]) -> Ints:
     return counts
 
 
-def _spread(counts: Sequence[int]) -> Ints:
+@lru_cache(maxsize=64)
+def _spread(counts: tuple[int, ...]) -> Ints:
     """The pool of each place of the window; before any place each pool is less than one sample away from its share.
 
     The j-th (from 0) of a pool's c places lies in [floor(j W / c), ceil((j + 1) W / c)); of those that may stand at a

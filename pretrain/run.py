@@ -73,12 +73,4 @@ def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:
     if path.is_dir() and not source.is_file():
         raise ConfigError(f"{path}: no run.yaml: not a run folder")
     run = configs.load(TrainRun, source, overrides or [])
-    return configs.build(TrainRun, _absolute(run.model_dump()), str(source))
-
-
-def _absolute(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _absolute(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_absolute(value) for value in tree]
-    return str(tree.absolute()) if isinstance(tree, Path) else tree
+    return configs.build(TrainRun, configs.absolute(run.model_dump()), str(source))

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import ConfigError, build
-from data_pipeline.order import Exhausted, Order, Segment, Skips, Steps, choose_lanes
+from configs import ConfigError, absolute, build, canonical_json, differences
+from data_pipeline.order import Exhausted, Order, Pool, Segment, Skips, Steps, choose_lanes
 from data_pipeline.stream import Corpora
 from pretrain.fields import field_class
 from pretrain.lineage import create_exclusively
@@ -49,7 +49,7 @@ class Segments:
     def read(self) -> list[SegmentRecord]:
         """Every record, in order."""
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: int(path.stem))
-        return [SegmentRecord(**json.loads(path.read_text())) for path in paths]
+        return [_read(path) for path in paths]
 
     def write(self, record: SegmentRecord) -> None:
         """Commit a record. Raises ConfigError where another start has just written it."""
@@ -64,6 +64,15 @@ class Segments:
             path.unlink()
 
 
+def _read(path: Path) -> SegmentRecord:
+    record = json.loads(path.read_text())
+    if record["format"] > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path}: format {record['format']} is newer than this code's {FORMAT_VERSION}; update longhaul"
+        )
+    return SegmentRecord(**record)
+
+
 def first_segment(run: TrainRun, corpora: Corpora) -> SegmentRecord:
     """What is chosen and found when a run begins."""
     generations = {name: _generations(run, corpora, name) for name in run.data.sources}
@@ -75,14 +84,19 @@ def first_segment(run: TrainRun, corpora: Corpora) -> SegmentRecord:
 def amended_segment(
     run: TrainRun, records: Sequence[SegmentRecord], changes: Sequence[str], from_sample: int
 ) -> tuple[SegmentRecord, TrainRun]:
-    """The record that makes `changes` from a sample on, checked, and the configuration that follows."""
-    for change in changes:
-        path = change.partition("=")[0]
-        its_class = _change_class(path)
-        if its_class != "segment":
-            how = "is part of what this run is" if its_class == "identity" else "may be given at any start instead"
-            raise ConfigError(f"{path}: cannot be amended: it {how}")
+    """The record that makes `changes` from a sample on, checked, and the configuration that follows.
+
+    The record holds what the changes mean now: files of sections read, paths absolute.
+    """
+    if from_sample < records[-1].from_sample:
+        raise ConfigError(
+            f"the run was amended from sample {records[-1].from_sample} on, and its newest checkpoint is at sample "
+            f"{from_sample}; train beyond that first"
+        )
     amended = _configured(run, [*records, replace(records[-1], changes=list(changes))])
+    amended = build(type(run), absolute(amended.model_dump()), "amended run")
+    _check_amendable(run, _configured(run, records), amended)
+    changes = [_settled(change.partition("=")[0], amended) for change in changes]
     corpora = Corpora(amended.data)
     generations = {name: amended.data.sources[name].generations or records[-1].generations.get(name)
                    or len(corpora.manifests[name].generations) for name in amended.data.sources}  # fmt: skip
@@ -135,44 +149,65 @@ def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
         )
     everything = {name: max(r.generations.get(name, 0) for r in records) for r in records for name in r.generations}
     pools = corpora.pools(everything)
-    segments = [
-        Segment(r.from_sample, {n: s.weight for n, s in run_.data.sources.items()}, r.generations)
-        for (_, run_), r in zip(runs, records, strict=True)
-    ]
     steps = Steps([(from_sample, run_.batch_seqs) for from_sample, run_ in runs])
     skips = Skips([(begin, end) for r in records for begin, end in r.skips])
     end_step = steps.step_of(_last_sample(last, skips)) + 1
     end_reason = f"train_tokens {last.train_tokens} reached"
-    limits = {name: s.max_epochs for name, s in last.data.sources.items() if s.max_epochs is not None}
-    while True:
-        order = Order(run.seed, pools, record.lanes, last.data.group_blocks, segments)
-        found = order.exhausted(limits)
-        if found is None or found.sample >= steps.start(end_step):
-            break
-        if last.data.on_exhausted == "reweight" and len(limits) < len(last.data.sources):
-            segments = _without(segments, found)
-            limits.pop(found.source)
-            continue
+    drawn = _Drawn(run.seed, pools, record.lanes, last.data.group_blocks)
+    for i, ((_, run_), r) in enumerate(zip(runs, records, strict=True)):
+        exhausted = drawn.add(run_, r, records[i + 1].from_sample if r is not record else steps.start(end_step))
+    if exhausted is not None:
         if last.data.on_exhausted != "stop":
-            raise _refusal(found, last, end_step, steps)
-        end_step = steps.step_of(found.sample)
-        end_reason = f"source {found.source} reached its {limits[found.source]:g} epochs"
-        break
-    return Course(runs, order, steps, skips, corpora, record, end_step, end_reason)
+            raise _refusal(exhausted, last, end_step, steps)
+        end_step = steps.step_of(max(exhausted.sample, record.from_sample))
+        end_reason = f"source {exhausted.source} reached its {last.data.sources[exhausted.source].max_epochs:g} epochs"
+    return Course(runs, drawn.order(), steps, skips, corpora, record, end_step, end_reason)
 
 
-def _without(segments: Sequence[Segment], found: Exhausted) -> list[Segment]:
-    """The segments with a source left out from the sample on with which it is exhausted."""
-    before = [s for s in segments if s.from_sample < found.sample]
-    after = [replace(before[-1], from_sample=found.sample), *(s for s in segments if s.from_sample >= found.sample)]
-    return before + [replace(s, weights={n: w for n, w in s.weights.items() if n != found.source}) for s in after]
+@dataclass
+class _Drawn:
+    """The segments of the order, put together record by record, so that no later limit touches the past."""
+
+    seed: int
+    pools: list[Pool]
+    lanes: int
+    group_blocks: int
+    segments: list[Segment] = field(default_factory=list)
+    rules: Any = None  # of the last record; the same ones again open no segment, so that the data stay as they were
+    limits: dict[str, float] = field(default_factory=dict)  # epochs of the sources that are still drawn from
+
+    def order(self) -> Order:
+        return Order(self.seed, self.pools, self.lanes, self.group_blocks, self.segments)
+
+    def add(self, run: TrainRun, record: SegmentRecord, until: int) -> Exhausted | None:
+        """Add a record. With `reweight`, a source that has had its epochs before sample `until` is left out from there
+        on; what is exhausted before `until` and cannot be left out is given back."""
+        sources = run.data.sources
+        rules = ({n: (s.weight, s.max_epochs) for n, s in sources.items()}, record.generations, run.data.on_exhausted)
+        if rules != self.rules:
+            weights = {name: source.weight for name, source in sources.items()}
+            self.segments.append(Segment(record.from_sample, weights, record.generations))
+            self.limits = {name: s.max_epochs for name, s in sources.items() if s.max_epochs is not None and s.weight}
+            self.rules = rules
+        while (found := self.order().exhausted(self.limits)) is not None and found.sample < until:
+            last = self.segments[-1]
+            weights = {name: weight for name, weight in last.weights.items() if name != found.source}
+            if run.data.on_exhausted != "reweight" or not any(weights.values()):
+                return found
+            self.segments.append(replace(last, from_sample=max(found.sample, last.from_sample), weights=weights))
+            del self.limits[found.source]
+        return None
 
 
 def _refusal(found: Exhausted, run: TrainRun, end_step: int, steps: Steps) -> ConfigError:
     at, total = found.sample * run.data.seq_tokens, steps.start(end_step) * run.data.seq_tokens
+    if run.data.on_exhausted == "reweight":
+        remedy = "and no other source is left; raise it, lower train_tokens, or set data.on_exhausted to stop"
+    else:
+        remedy = "raise it, lower the source's weight, or set data.on_exhausted to stop or reweight"
     return ConfigError(
         f"data.sources.{found.source}.max_epochs: {run.data.sources[found.source].max_epochs:g} epochs are used up at "
-        f"token {at:,} of {total:,}; raise it, lower the source's weight, or set data.on_exhausted to stop or reweight"
+        f"token {at:,} of {total:,}; {remedy}"
     )
 
 
@@ -195,11 +230,26 @@ def _generations(run: TrainRun, corpora: Corpora, name: str) -> int:
     return run.data.sources[name].generations or len(corpora.manifests[name].generations)
 
 
-def _change_class(path: str) -> str:
-    try:
-        return field_class(path)
-    except KeyError:
-        return "segment" if path.startswith("data.sources") else "unknown"
+def _check_amendable(run: TrainRun, before: TrainRun, after: TrainRun) -> None:
+    """Raise ConfigError where an amendment changes more than the course of the run."""
+    for name in before.data.sources.keys() - after.data.sources.keys():
+        raise ConfigError(f"data.sources.{name}: is part of this run and cannot be taken out; set its weight to 0")
+    for line in differences(before.model_dump(mode="json"), after.model_dump(mode="json")):
+        path = line.split(":")[0]
+        section, _, name = path.rpartition(".")[0].rpartition(".")
+        if section == "data.sources" and name not in run.data.sources:
+            continue  # all of a source that came by amending goes by amending
+        if (its_class := field_class(path)) != "segment":
+            how = "is part of what this run is" if its_class == "identity" else "may be given at any start instead"
+            raise ConfigError(f"{line}: cannot be amended: it {how}")
+
+
+def _settled(path: str, run: TrainRun) -> str:
+    """A `key=value` with the value that the run has at a path."""
+    value = run.model_dump(mode="json")
+    for key in path.split("."):
+        value = value[key]
+    return f"{path}={canonical_json(value)}"
 
 
 def _check_identities(records: Sequence[SegmentRecord], corpora: Corpora) -> None:
@@ -208,7 +258,7 @@ def _check_identities(records: Sequence[SegmentRecord], corpora: Corpora) -> Non
         for name, identities in record.identities.items():
             if name not in corpora.manifests:
                 raise ConfigError(
-                    f"data.sources.{name}: drawn from before sample {record.from_sample}; keep it, weight 0"
+                    f"data.sources.{name}: is part of this run and cannot be taken out; set its weight to 0"
                 )
             found = [g["identity"] for g in corpora.manifests[name].generations[: len(identities)]]
             if found != identities:
