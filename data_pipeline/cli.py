@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,7 +52,9 @@ def run(
         _show_outlines([prepare.outline(preparation, corpus) for corpus in preparation.corpora], as_json)
     else:
         begun = time.monotonic()
-        _show_summaries(prepare.run(preparation), time.monotonic() - begun, as_json)
+        with _interruptible():
+            summaries = prepare.run(preparation)
+        _show_summaries(summaries, time.monotonic() - begun, as_json)
 
 
 @app.command()
@@ -77,7 +80,8 @@ def work(
     first, _, last = slices.partition("-")
     if not first.isdigit() or not (last or first).isdigit():
         raise ConfigError(f"--slices: expected first-last such as 0-9, got {slices!r}")
-    prepare.run_slices(_load(config, overrides), corpus, int(first), int(last or first))
+    with _interruptible():
+        prepare.run_slices(_load(config, overrides), corpus, int(first), int(last or first))
 
 
 @app.command()
@@ -117,6 +121,15 @@ def inspect(
     for corpus, texts in found.items():
         for x in texts:
             print(f"\n--- {corpus}: {x.slice}/{x.shard} row {x.row}: {x.id}, {x.tokens:,} tokens, {x.uri}\n{x.text}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.error("data-prep: interrupted; the same command goes on")
+        raise typer.Exit(130) from None
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Preparation:
@@ -192,20 +205,13 @@ def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]
 def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
     from data_pipeline.shards import ShardError
+    from data_pipeline.work import WorkError
 
     try:
         app()
     except ConfigError as error:
         sys.exit(_fail(str(error), 2))
-    except (ShardError, OSError) as error:
-        sys.exit(_fail(str(error), 1))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; the same command goes on", 130))
-    except Exception as error:
-        from data_pipeline.work import WorkError
-
-        if not isinstance(error, WorkError):
-            raise
+    except (ShardError, WorkError, OSError) as error:
         sys.exit(_fail(str(error), 1))
 
 

@@ -6,14 +6,15 @@ what is made under two leases by mistake is the same to the byte, and whole or a
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class Lease:
             try:
                 path.symlink_to(json.dumps(asdict(owner)))
             except FileExistsError:
-                if not _remove_dead(path):
+                if not remove_dead(path):
                     return None
             else:
                 lease = Lease(path, owner)
@@ -146,18 +147,24 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _remove_dead(path: Path) -> bool:
-    """Take a dead owner's lease away; False when its owner lives, or another was quicker."""
-    try:
-        seen = path.readlink()
+def remove_dead(path: Path) -> bool:
+    """Take a dead owner's lease away; False when its owner lives."""
+    with _one_remover(path.parent):
+        if not path.is_symlink():
+            return True
         if holder(path) is not None:
             return False
-        aside = path.with_name(f".stale-{secrets.token_hex(6)}")
-        path.rename(aside)
-    except FileNotFoundError:
+        path.unlink(missing_ok=True)
         return True
-    if aside.readlink() != seen:  # between the two, another took it over: it is theirs
-        aside.rename(path)
-        return False
-    aside.unlink()
-    return True
+
+
+@contextmanager
+def _one_remover(folder: Path) -> Iterator[None]:
+    """Between looking at a lease and removing it, nobody else removes one (where the file system can lock at all)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

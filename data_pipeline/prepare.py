@@ -37,7 +37,7 @@ from data_pipeline.shards import Format, Manifest, SealedSlice, ShardRecord, sea
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
-from data_pipeline.work import RECORD, Job, Task, Validation, slice_record, sweep, work
+from data_pipeline.work import RECORD, Job, Task, Validation, slice_record, sweep, sweep_leftovers, work
 
 log = logging.getLogger("data-prep")
 
@@ -428,6 +428,8 @@ def run(preparation: Preparation) -> list[Summary]:
     tasks = [Task(j, s) for j, job in enumerate(jobs) for s in range(len(job.plan.slices))]
     with Display("prepare") as display:
         work(jobs, tasks, preparation.workers, display)
+    for job in jobs:
+        sweep_leftovers(job)
     summaries = [summarized(seal_corpus(job)) for job in jobs]
     for summary in summaries:
         if preparation.validation.fraction > 0 and not summary.validation_tokens:

@@ -1,0 +1,181 @@
+"""The command as a person runs it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import configs
+from data_pipeline.prepare import Preparation, verified
+from tests.data_pipeline.inputs import sentences
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "data_pipeline.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a prepared corpus in out/, and its small.yaml."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [{"text": sentences(i, 10), "id": f"row-{i}", "url": f"https://e.org/{i}"} for i in range(200)]
+    rows.append({"text": "", "id": "none", "url": "https://e.org/none"})
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nbad\n")
+    mine = {"kind": "text_files", "paths": ["mine.jsonl"], "id_field": "id", "uri_field": "url"}
+    config = {
+        "name": "small",
+        "out": "out",
+        "tokenizer": {"kind": "train", "vocab_size": 400, "sample_bytes": "200Ki"},
+        "corpora": {"mine": mine},
+        "validation": {"fraction": 0.1},
+        "block_tokens": 1024,
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    done = command("run", "small.yaml", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_run_ends_with_a_table_on_stdout(folder: Path) -> None:
+    done = command("run", "small.yaml", folder=folder)
+    rows = {line[:36].strip(): line[36:].strip() for line in done.stdout.splitlines()}
+    names = list(rows)
+    assert done.stdout.splitlines()[0].strip() == "mine"
+    table = {name: value for line in done.stdout.splitlines() for name, _, value in [line.strip().rpartition("  ")]}
+    table = {name.strip(): value.strip() for name, value in table.items()}
+    assert table["documents read"] == "201" and table["documents kept"] == "200"
+    assert table["dropped: empty"] == "1" and table["set aside: not JSON (Expecting value)"] == "1"
+    assert any(name.startswith("characters per token") for name in names)
+    assert done.stdout.splitlines()[-1].endswith(" s")
+    assert done.stderr == ""
+
+
+def test_json_says_the_same(folder: Path) -> None:
+    shown = json.loads(command("run", "small.yaml", "--json", folder=folder).stdout)
+    mine = shown["corpora"]["mine"]
+    assert mine["documents"] == 200 and mine["dropped"] == {"empty": 1} and shown["seconds"] >= 0
+    assert mine["tokens"] == mine["train_tokens"] + mine["validation_tokens"]
+    inspected = json.loads(command("inspect", "out", "--json", "--samples", "2", folder=folder).stdout)["mine"]
+    assert {k: v for k, v in inspected.items() if k != "samples"} == mine and len(inspected["samples"]) == 2
+
+
+def test_inspect_shows_texts_with_where_they_came_from(folder: Path) -> None:
+    done = command("inspect", "small.yaml", "--samples", "4", folder=folder)
+    heads = [line for line in done.stdout.splitlines() if line.startswith("--- ")]
+    assert len(heads) == 4 and heads[0].startswith("--- mine: 0-00000/train-00000 row 0: row-")
+    number = heads[0].partition("row-")[2].partition(",")[0]
+    assert heads[0].endswith(f" tokens, https://e.org/{number}")
+    shown = done.stdout.splitlines()[done.stdout.splitlines().index(heads[0]) + 1]
+    assert len(shown) > 100 and sentences(int(number), 10).startswith(shown[:100])
+
+
+def test_print_config_can_be_loaded_again(folder: Path, tmp_path: Path) -> None:
+    done = command("run", "small.yaml", "workers=3", "--print-config", folder=folder)
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert configs.load(Preparation, tmp_path / "again.yaml").workers == 3
+
+
+def test_dry_run_writes_nothing(folder: Path) -> None:
+    done = command("run", "small.yaml", "out=elsewhere", "--dry-run", folder=folder)
+    assert done.returncode == 0 and not (folder / "elsewhere").exists()
+    shown = json.loads(command("run", "small.yaml", "--dry-run", "--json", folder=folder).stdout)
+    assert shown["mine"]["inputs"] == 1 and shown["mine"]["slices"] == shown["mine"]["slices_made"] == 1
+    assert shown["mine"]["input_bytes"] == (folder / "mine.jsonl").stat().st_size
+    assert 5_000 < shown["mine"]["tokens"] < 50_000
+
+
+def test_tokenizer_says_where_it_is(folder: Path) -> None:
+    done = command("tokenizer", "small.yaml", folder=folder)
+    assert done.stdout.startswith("out/tokenizer.json  400 entries  sha256 ") and done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["run", "none.yaml"], 2, "none.yaml: no such file"),
+        (["run", "small.yaml", "worker=2"], 2, "command line (worker=2): worker: unknown key; did you mean workers?"),
+        (["run", "small.yaml", "validation.fraction=0.2"], 2, "out/mine: was prepared with another configuration: "
+         "validation.fraction: 0.1 -> 0.2; use another `out`, or put it back"),
+        (["work", "small.yaml", "--corpus", "my", "--slices", "0"], 2, "no corpus 'my'; the configuration has mine"),
+        (["work", "small.yaml", "--slices", "x"], 2, "--slices: expected first-last such as 0-9, got 'x'"),
+        (["work", "small.yaml", "--corpus", "mine", "--slices", "0-7"], 2, "--slices 0-7: mine has the slices 0-0"),
+        (["verify", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
+        (["inspect", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
+        (["run", "small.yaml", "out=/proc/nowhere"], 1, None),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(folder: Path, arguments: list[str], code: int, said: str | None) -> None:
+    done = command(*arguments, folder=folder)
+    assert done.returncode == code and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("data-prep: ") and (said is None or line == f"data-prep: {said}")
+
+
+def test_a_mistaken_option_is_2(folder: Path) -> None:
+    assert command("run", "--no-such", folder=folder).returncode == 2
+
+
+def test_verify_finds_any_changed_byte(folder: Path) -> None:
+    assert command("verify", "out", folder=folder).stdout == "whole\n"
+    rng = random.Random(3)
+    files = sorted(
+        path for path in (folder / "out").rglob("*") if path.is_file() and path.name != "tokenizer.made.json"
+    )
+    assert len(files) > 9
+    for path in files:
+        data = path.read_bytes()
+        place = rng.randrange(len(data))
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+        lines = list(verified(folder / "out/mine"))
+        assert lines and path.name in lines[0], (path, place, lines)
+        if path.suffix == ".tar":
+            done = command("verify", "out", folder=folder)
+            assert done.returncode == 1 and path.name in done.stdout
+        path.write_bytes(data)
+    assert command("verify", "small.yaml", folder=folder).stdout == "whole\n"
+
+
+def test_an_unfinished_folder_is_told(folder: Path, tmp_path: Path) -> None:
+    done = command("verify", "small.yaml", folder=folder)
+    assert done.returncode == 0
+    config = yaml.safe_load((folder / "small.yaml").read_text())
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**config, "out": "unmade"}))
+    done = command("verify", str(tmp_path / "other.yaml"), folder=folder)
+    assert done.returncode == 1
+    assert done.stdout == "unmade/mine: no MANIFEST.json: not a corpus, or not finished; run data-prep run\n"
+
+
+def test_interrupted_by_hand_it_says_how_to_go_on(folder: Path) -> None:
+    rows = "".join(json.dumps({"text": sentences(i, 40)}) + "\n" for i in range(20_000))
+    (folder / "large.jsonl").write_text(rows)
+    overrides = ["out=large", "corpora.mine.paths=[large.jsonl]", "corpora.mine.id_field=null"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_pipeline.cli", "run", "small.yaml", *overrides, "corpora.mine.uri_field=null"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(folder.glob("large/mine/slices/.tmp-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "data-prep: interrupted; the same command goes on"

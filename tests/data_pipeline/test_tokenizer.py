@@ -1,0 +1,115 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import ConfigError
+from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, pieces, train
+from tests.data_pipeline.inputs import real, sentences
+
+TEXTS = [sentences(i, 30) for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train(TEXTS, 400, path)
+    return Tokenizer.load(path)
+
+
+def test_the_vocabulary_ends_with_the_mark(trained: Tokenizer) -> None:
+    assert trained.vocab_size == 400 and trained.end_of_text == 399
+    assert trained.sha256 == hashlib.sha256(trained.path.read_bytes()).hexdigest()
+
+
+def test_the_same_sample_gives_the_same_bytes_in_any_order(trained: Tokenizer, tmp_path: Path) -> None:
+    train(reversed(TEXTS), 400, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == trained.path.read_bytes()
+    train(TEXTS[:-1], 400, tmp_path / "other.json")
+    assert (tmp_path / "other.json").read_bytes() != trained.path.read_bytes()
+
+
+@given(st.text(max_size=100))
+@settings(max_examples=300)
+def test_what_is_encoded_decodes_to_itself(trained: Tokenizer, text: str) -> None:
+    (ids,) = trained.encode_batch([text])
+    assert trained.decode(ids) == text
+    assert trained.end_of_text not in ids
+
+
+def test_a_text_that_spells_the_mark_does_not_get_it(trained: Tokenizer) -> None:
+    text = f"before {END_OF_TEXT} after{END_OF_TEXT}"
+    (ids,) = trained.encode_batch([text])
+    assert trained.end_of_text not in ids and trained.decode(ids) == text
+    assert trained.decode([trained.end_of_text]) == END_OF_TEXT
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "B", "7", " ", "  ", "\n", "\t", "'s", "é", "中", "!", "?!", "😀", "\u00a0"]), max_size=60
+    )
+)
+@settings(max_examples=300)
+def test_pieces_never_change_the_ids(trained: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    cut = list(pieces(text, 4))
+    assert "".join(cut) == text
+    (whole,) = trained.encode_batch([text])
+    assert np.concatenate([*trained.encode_batch(cut), np.zeros(0, np.uint32)]).tolist() == whole.tolist()
+
+
+def test_long_texts_are_cut_and_come_out_whole(trained: Tokenizer) -> None:
+    text = " ".join(TEXTS) * 3
+    assert len(list(pieces(text))) > 5
+    (ids,) = trained.encode_batch([text])
+    assert trained.decode(ids) == text
+
+
+def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        train(["hello world"], 4096, tmp_path / "tokenizer.json")
+    assert str(error.value) == (
+        "tokenizer.vocab_size: the sample gives only 266 entries, 4096 asked for; "
+        "take a smaller vocabulary or more text"
+    )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="expected more than 257"):
+        train(TEXTS, 256, tmp_path / "tokenizer.json")
+
+
+def test_files_that_cannot_serve_are_refused_in_one_line(trained: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ConfigError) as error:
+        Tokenizer.load(path)
+    assert str(error.value) == f"{path}: no such tokenizer file"
+    whole = trained.path.read_text()
+    for damaged in (whole[: len(whole) // 2], "", "{}", "\x00\x01"):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError) as error:
+            Tokenizer.load(path)
+        assert str(error.value).startswith(f"{path}: not a tokenizer.json, or damaged: ") and "\n" not in str(
+            error.value
+        )
+    tree = json.loads(whole)
+    path.write_text(json.dumps({**tree, "added_tokens": []}))
+    with pytest.raises(ConfigError) as error:
+        Tokenizer.load(path)
+    assert str(error.value) == f"{path}: has no {END_OF_TEXT}, which ends each document; give a tokenizer that has it"
+    path.write_text(json.dumps({**tree, "added_tokens": [{**tree["added_tokens"][0], "special": False}]}))
+    with pytest.raises(ConfigError) as error:
+        Tokenizer.load(path)
+    assert str(error.value) == (
+        f"{path}: encodes a text's own {END_OF_TEXT} as the mark; declare it as a special token"
+    )
+
+
+def test_gpt2s_own() -> None:
+    tokenizer = Tokenizer.load(real("tokenizer/gpt2-tokenizer.json"))
+    assert tokenizer.vocab_size == 50257 and tokenizer.end_of_text == 50256
+    hello, mark = tokenizer.encode_batch(["Hello world", END_OF_TEXT])
+    assert hello.tolist() == [15496, 995]
+    assert 50256 not in mark
