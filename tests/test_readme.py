@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.processes import free_port
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -65,11 +67,16 @@ def run(block: str, folder: Path) -> str:
 
 
 def show_page(block: str, folder: Path) -> None:
-    """Start a server, which does not end by itself, and get its page."""
+    """Start a server, which does not end by itself, and get its page; at a free port, with fewer processes."""
     shell, environment = command(f"exec {block}", folder)
+    environment |= {
+        "MLFLOW_PORT": str(free_port()),
+        "MLFLOW_WORKERS": "1",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     server = subprocess.Popen(shell, cwd=folder, env=environment, start_new_session=True)
     try:
-        while not _answers("http://127.0.0.1:5000"):
+        while not _answers(f"http://127.0.0.1:{environment['MLFLOW_PORT']}"):
             assert server.poll() is None, f"{block}: exit {server.returncode}"
             time.sleep(0.5)
     finally:
