@@ -6,7 +6,6 @@ SHELL := bash
 .PHONY: demo test lint check bench debian-packages
 READY := .venv/ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-SLURM := sed -n 's/^PACKAGES = "\(.*\)"$$/\1/p' tests/cluster/slurm.py
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
 
 demo: $(READY)
@@ -45,6 +44,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 debian-packages:  # what only the tests of tests/cluster need: a SLURM of their own
-	@[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "no root, or no Debian: tests/cluster will be skipped"; exit 0; }
+	@packages=$$(sed -n 's/^PACKAGES = "\(.*\)"$$/\1/p' tests/cluster/slurm.py)
+	! dpkg -s $$packages >/dev/null 2>&1 || exit 0
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "tests/cluster will be skipped: no $$packages, and no root to install it"; exit 0; }
 	$(APT) update
-	$(APT) install --no-install-recommends $$($(SLURM)) >/dev/null
+	$(APT) install --no-install-recommends $$packages >/dev/null
