@@ -89,7 +89,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
     batch = NextToken().batch(rows, torch.full((case.rows,), gpt.context, device=ranks.device))
     tokens = case.rows * gpt.context * case.micro_batches
-    step = lambda: engine.step([batch] * case.micro_batches, tokens, 1e-4)  # noqa: E731
+    rates = AdamW(lr_peak=1e-4).rates(1.0)
+
+    def step() -> None:
+        engine.step([batch] * case.micro_batches, tokens, rates)
+
     step()
     first = time.perf_counter() - begun
     for _ in range(5):
@@ -122,14 +126,14 @@ def matmul_rate() -> float:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = []
     for i in range(60):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         a @ b
         end.record()
         torch.cuda.synchronize()
         if i >= 10:
             times.append(start.elapsed_time(end) / 1e3)
-    return 2 * 8192**3 / statistics.median(times) / 1e12
+    return float(2 * 8192**3 / statistics.median(times) / 1e12)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

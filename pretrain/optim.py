@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -11,7 +11,14 @@ from torch import nn
 
 from configs import Float, Section
 
-Group = dict[str, Any]  # params: list of parameters; names: theirs, in the same order; weight_decay; lr
+Group = dict[str, Any]  # params: list of parameters; names: theirs, in the same order; decays; weight_decay; lr
+
+
+class Rates(NamedTuple):
+    """What of the optimizer may be another from step to step."""
+
+    lr: float
+    weight_decay: float
 
 
 class AdamW(Section):
@@ -33,21 +40,27 @@ class AdamW(Section):
         named = list(model.named_parameters())
         matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
         rest = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
-        return [_group(matrices, self.weight_decay), _group(rest, 0.0)]
+        return [_group(matrices, self.weight_decay, decays=True), _group(rest, 0.0, decays=False)]
+
+    def rates(self, factor: float) -> Rates:
+        """The rates of a step for which the schedule gives `factor`."""
+        return Rates(factor * self.lr_peak, self.weight_decay)
 
     def over(self, groups: list[Group]) -> torch.optim.AdamW:
-        """torch's AdamW over `groups`, in one fused kernel per step; `set_lr` gives it a learning rate each step."""
+        """torch's AdamW over `groups`, in one fused kernel per step; `set_rates` gives it its rates each step."""
         return torch.optim.AdamW(groups, lr=self.lr_peak, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
 
-def set_lr(groups: Iterable[Group], lr: float) -> None:
-    """Write the learning rate of the coming step into an optimizer's groups."""
+def set_rates(groups: Iterable[Group], rates: Rates) -> None:
+    """Write the rates of the coming step into an optimizer's groups."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = rates.lr
+        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
 
 
-def _group(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> Group:
-    return {"params": [p for _, p in named], "names": [name for name, _ in named], "weight_decay": weight_decay}
+def _group(named: list[tuple[str, nn.Parameter]], weight_decay: float, decays: bool) -> Group:
+    params, names = [p for _, p in named], [name for name, _ in named]
+    return {"params": params, "names": names, "decays": decays, "weight_decay": weight_decay}
 
 
 Optim = AdamW

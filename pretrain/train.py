@@ -28,10 +28,10 @@ def _loop(a: Attempt, stop: StopSignals) -> int:
         begun = time.perf_counter()
         now = a.course.at(batch.step)
         count = int(a.course.tokens(batch.step + 1) - a.course.tokens(batch.step))
-        lr = now.optim.lr_peak * now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens)
-        outcome = a.engine.step(a.feed(batch), count, lr) if count else Outcome(0.0, 0.0, applied=True)
+        rates = now.optim.rates(now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens))
+        outcome = a.engine.step(a.feed(batch), count, rates) if count else Outcome(0.0, 0.0, applied=True)
         a.advance(batch)
-        verdict = a.board.post(a, outcome, lr, stop, time.perf_counter() - begun, waited)
+        verdict = a.board.post(a, outcome, rates.lr, stop, time.perf_counter() - begun, waited)
         last = a.position.step == a.course.end_step
         if skipped.gives_up(outcome.applied):
             return a.end(guard.GAVE_UP, f"{skipped.in_a_row} steps in a row had a gradient that is not finite")

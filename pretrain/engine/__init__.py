@@ -17,6 +17,7 @@ from pretrain.engine.plain import Torch
 from pretrain.engine.state import Outcome, State
 from pretrain.engine.zero import DeepSpeed
 from pretrain.objectives import Batch
+from pretrain.optim import Rates
 
 __all__ = ["Engine", "EngineSettings", "Outcome", "State"]
 
@@ -28,7 +29,7 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def step(self, batches: Sequence[Batch], count: int, lr: float) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks."""
 
     def loss(self, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs import Bool, Section
 from pretrain.engine.state import Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
-from pretrain.optim import Optim, set_lr
+from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
 
@@ -52,13 +52,13 @@ class PlainEngine:
             master.grad = gradient
         masters = dict(zip(named, self.masters, strict=True))
         groups: list[dict[str, Any]] = [
-            {"params": [masters[name] for name in group["names"]], "weight_decay": group["weight_decay"]}
+            {"params": [masters[name] for name in group["names"]]} | {k: group[k] for k in ("decays", "weight_decay")}
             for group in optim.groups(model)
         ]
         self.optimizer = optim.over(groups)
         self.forward = torch.compile(model, dynamic=False) if settings.compile else model
 
-    def step(self, batches: Sequence[Batch], count: int, lr: float) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """See `Engine.step`."""
         self.gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
@@ -75,7 +75,7 @@ class PlainEngine:
             return Outcome(float(total), norm, applied=False)
         if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
             self.gradient.mul_(self.optim.clip_norm / (norm + 1e-6))
-        set_lr(self.optimizer.param_groups, lr)
+        set_rates(self.optimizer.param_groups, rates)
         self.optimizer.step()
         self._refresh()
         return Outcome(float(total), norm, applied=True)

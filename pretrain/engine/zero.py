@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs import Bool, ConfigError, Int, Section
 from pretrain.engine.state import Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
-from pretrain.optim import Optim, set_lr
+from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
 FLOOR = (0, 19, 8)
@@ -76,7 +76,7 @@ class ZeroEngine:
         self.settings, self.optim, self.ranks = settings, optim, ranks
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model = model.to(ranks.device)
-        groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optim.groups(model)]
+        groups = [{key: g[key] for key in ("params", "decays", "weight_decay")} for g in optim.groups(model)]
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.over(groups),
@@ -87,9 +87,9 @@ class ZeroEngine:
         if settings.compile:
             self.engine.compile(compile_kwargs={"dynamic": False})
 
-    def step(self, batches: Sequence[Batch], count: int, lr: float) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """See `Engine.step`. DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
-        set_lr(self.engine.optimizer.param_groups, lr)
+        set_rates(self.engine.optimizer.param_groups, rates)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)

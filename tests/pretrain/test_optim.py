@@ -7,7 +7,7 @@ import torch
 
 from pretrain.models.gpt import Gpt
 from pretrain.models.weights import initialize
-from pretrain.optim import AdamW, set_lr
+from pretrain.optim import AdamW, Rates, set_rates
 
 TINY = Gpt(layers=2, width=16, heads=2, context=8, vocab_size=32)
 
@@ -51,7 +51,7 @@ def test_three_steps_are_adam_with_decoupled_decay() -> None:
     second = {name: torch.zeros_like(value) for name, value in expected.items()}
     tokens = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1))
     for step, lr in enumerate([1e-3, 1e-2, 5e-3], start=1):
-        set_lr(optimizer.param_groups, lr)
+        set_rates(optimizer.param_groups, Rates(lr, 0.5))
         optimizer.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:], torch.ones(4, 8)).backward()
         for name, parameter in model.named_parameters():

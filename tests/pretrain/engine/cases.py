@@ -11,14 +11,14 @@ from configs import build
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, Position, Saver
 from pretrain.engine import Engine
-from pretrain.engine.plain import Torch
+from pretrain.engine.plain import PlainEngine, Torch
 from pretrain.engine.state import MASTER
 from pretrain.engine.zero import DeepSpeed
 from pretrain.lineage import Lineage
 from pretrain.models.gpt import Gpt
 from pretrain.models.weights import initialize
 from pretrain.objectives import Batch, NextToken
-from pretrain.optim import AdamW
+from pretrain.optim import AdamW, Rates
 from pretrain.ranks import Ranks
 
 # width 62: at 3 and 4 ranks ZeRO's partitions are padded
@@ -48,7 +48,7 @@ def batches(ranks: Ranks, step: int, micro_rows: int) -> list[Batch]:
     filler = torch.zeros(-(-count // micro_rows) * micro_rows - len(mine), LENGTH + 1, dtype=torch.int64)
     valid = torch.tensor([LENGTH] * len(mine) + [0] * len(filler))
     whole = torch.cat([mine, filler])
-    parts = zip(whole.split(micro_rows), valid.split(micro_rows), strict=True)
+    parts = zip(torch.split(whole, micro_rows), torch.split(valid, micro_rows), strict=True)
     return [NextToken().batch(tokens.to(ranks.device), v.to(ranks.device)) for tokens, v in parts]
 
 
@@ -56,7 +56,7 @@ def train(ranks: Ranks, engine: Engine, steps: range, micro_rows: int = 2) -> li
     """The mean loss of each step, over all ranks."""
     losses = []
     for step in steps:
-        outcome = engine.step(batches(ranks, step, micro_rows), GLOBAL_ROWS * LENGTH, lr=1e-3 * (step + 1) / 4)
+        outcome = engine.step(batches(ranks, step, micro_rows), GLOBAL_ROWS * LENGTH, OPTIM.rates((step + 1) / 4))
         assert outcome.applied
         losses.append(float(ranks.sum(torch.tensor(outcome.loss, dtype=torch.float64))))
     return losses
@@ -117,6 +117,14 @@ def skips_nan(ranks: Ranks, engine: Torch | DeepSpeed) -> tuple[list[bool], bool
         fed = batches(ranks, step, 2)
         if step == 1:
             fed[0] = fed[0]._replace(weights=fed[0].weights * float("nan"))
-        applied.append(live.step(fed, GLOBAL_ROWS * LENGTH, lr=1e-3).applied)
+        applied.append(live.step(fed, GLOBAL_ROWS * LENGTH, OPTIM.rates(1.0)).applied)
     finite = all(bool(v.isfinite().all()) for key, v in gathered(ranks, live).items() if key.endswith(MASTER))
     return applied, finite
+
+
+def decays(ranks: Ranks, engine: Torch | DeepSpeed) -> list[tuple[float, float]]:
+    """(learning rate, weight decay) of every group after a step with other rates than those of the start."""
+    live = make(ranks, engine)
+    live.step(batches(ranks, 0, 2), GLOBAL_ROWS * LENGTH, Rates(lr=5e-4, weight_decay=0.25))
+    optimizer = live.optimizer if isinstance(live, PlainEngine) else live.engine.optimizer  # type: ignore[attr-defined]
+    return sorted((group["lr"], group["weight_decay"]) for group in optimizer.param_groups)

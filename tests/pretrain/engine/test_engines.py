@@ -50,6 +50,12 @@ def test_a_gradient_that_is_not_finite_is_skipped(kind: str, stage: int, tmp_pat
     assert on_ranks(tmp_path, 2, cases.skips_nan, settings)[0] == ([True, False, True], True)
 
 
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
+def test_another_decay_in_mid_run_reaches_the_optimizer(kind: str, stage: int, tmp_path: Path) -> None:
+    groups = on_ranks(tmp_path, 1, cases.decays, cases.settings(kind, "fp32", stage))[0]
+    assert groups == [(5e-4, 0.0), (5e-4, 0.25)]
+
+
 # saved by -> loaded by: engine, precision, stage, ranks. The first row of a pair of equals resumes to the last bit.
 SAVED_AND_LOADED = [
     (("torch", "fp32", 0, 2), ("torch", "fp32", 0, 2)),
