@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from configs import ConfigError
 from data_pipeline.shards import sync_folder
 
 FORMAT_VERSION = 1
@@ -48,8 +49,7 @@ class Lineage:
 
     def branches(self) -> dict[int, Branch]:
         """Every branch by its number."""
-        records = (json.loads(path.read_text()) for path in self.folder.glob("[0-9]*.json"))
-        return {record["branch"]: Branch(**record) for record in records}
+        return {int(path.stem): _read(path) for path in self.folder.glob("[0-9]*.json")}
 
     def highest(self) -> int:
         """The newest branch, 0 where the run has not begun."""
@@ -89,6 +89,15 @@ class Lineage:
             limit = record.step if limit is None else min(limit, record.step)
             number = record.parent
         return alive
+
+
+def _read(path: Path) -> Branch:
+    record = json.loads(path.read_text())
+    if record["format"] > FORMAT_VERSION:
+        raise ConfigError(
+            f"{path}: format {record['format']} is newer than this code's {FORMAT_VERSION}; update longhaul"
+        )
+    return Branch(**record)
 
 
 def create_exclusively(path: Path, record: dict[str, Any]) -> bool:

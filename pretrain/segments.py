@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, absolute, build, canonical_json, differences
+from data_pipeline import order
 from data_pipeline.order import Exhausted, Order, Pool, Segment, Skips, Steps, choose_lanes
 from data_pipeline.stream import Corpora
 from pretrain.fields import field_class
@@ -37,6 +38,7 @@ class SegmentRecord:
     lanes: int
     tokenizer_sha256: str
     format: int = FORMAT_VERSION
+    order_version: int = order.VERSION
     skips: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -69,6 +71,11 @@ def _read(path: Path) -> SegmentRecord:
     if record["format"] > FORMAT_VERSION:
         raise ConfigError(
             f"{path}: format {record['format']} is newer than this code's {FORMAT_VERSION}; update longhaul"
+        )
+    if record["order_version"] != order.VERSION:
+        raise ConfigError(
+            f"{path}: this run has samples in order {record['order_version']}, this code deals them in order "
+            f"{order.VERSION}; go on with the code that began it"
         )
     return SegmentRecord(**record)
 

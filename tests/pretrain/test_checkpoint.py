@@ -138,6 +138,13 @@ def test_a_newer_format_is_refused(run_folder: Path, monkeypatch: pytest.MonkeyP
         checkpoint.open_checkpoint(checkpoint.live_checkpoints(run_folder)[0])
 
 
+def test_a_newer_branch_is_refused(run_folder: Path) -> None:
+    path = run_folder / "lineage" / "1.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ConfigError, match=r"1.json: format 2 is newer than this code's 1; update longhaul"):
+        Lineage(run_folder).live()
+
+
 def test_a_rank_that_never_writes_leaves_nothing_behind_that_counts(run_folder: Path) -> None:
     settings = Checkpoints(peer_timeout_s=0.2)
     saver = Saver(run_folder, settings, 1, 0, 2, {})

@@ -425,6 +425,15 @@ def test_a_newer_record_is_refused(folder: Path, tmp_path: Path) -> None:
     assert refused(Segments(tmp_path).read) == f"{path}: format 2 is newer than this code's 1; update longhaul"
 
 
+def test_a_run_in_another_order_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "segments" / "0.json"
+    Segments(tmp_path).write(begun(run_of(folder))[0])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "order_version": 0}))
+    assert refused(Segments(tmp_path).read) == (
+        f"{path}: this run has samples in order 0, this code deals them in order 1; go on with the code that began it"
+    )
+
+
 def test_a_record_survives_its_file(folder: Path, tmp_path: Path) -> None:
     run = run_of(folder)
     record = replace(begun(run)[0], skips=[(5, 25)])
