@@ -28,7 +28,7 @@ PROGRAM = (
 
 
 def on_ranks(
-    folder: Path, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
+    folder: Path, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 400
 ) -> list[Any]:
     """What `function(Ranks, *arguments)` returns on each rank. The function must be importable by its module's name."""
     task = folder / f"task-{len(list(folder.glob('task-*')))}"

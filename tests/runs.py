@@ -71,7 +71,7 @@ class Started:
             for rank in range(ranks)
         ]
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 400) -> list[int]:
         """The exit codes; whoever is left after the timeout is killed."""
         try:
             return [process.wait(timeout) for process in self.processes]
@@ -93,7 +93,7 @@ class Started:
         """What rank 0 has written to stderr."""
         return self.outputs[0].read_text()
 
-    def wait_for_step(self, step: int, timeout: float = 90) -> None:
+    def wait_for_step(self, step: int, timeout: float = 300) -> None:
         """Wait until rank 0 has logged a step."""
         deadline = time.monotonic() + timeout
         while f"step {step}/" not in self.text:
