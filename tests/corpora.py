@@ -19,7 +19,9 @@ def make_slice(folder: Path, name: str, seed: int, documents: int, format: Forma
     place.mkdir(parents=True)
     writer = SliceWriter(place, format)
     for i in range(documents):
-        document = Document("", f"{name}/{i}", folder.name, f"https://example.org/{name}/{i}", {"input": name, "offset": i})
+        document = Document(
+            "", f"{name}/{i}", folder.name, f"https://example.org/{name}/{i}", {"input": name, "offset": i}
+        )
         # Zipf-like, so that there is something to learn
         ids = np.minimum(rng.zipf(1.3, int(rng.integers(20, 400))), format.vocab_size - 1) - 1
         writer.add(document, ids, "validation" if i % 10 == 9 else "train")
@@ -28,7 +30,9 @@ def make_slice(folder: Path, name: str, seed: int, documents: int, format: Forma
     return SealedSlice(name, 0, shards, file_hash(place / "ids.npy"), file_hash(place / "slice.json"))
 
 
-def make_corpus(folder: Path, seed: int = 1, slices: int = 2, documents: int = 300, format: Format = FORMAT) -> Manifest:
+def make_corpus(
+    folder: Path, seed: int = 1, slices: int = 2, documents: int = 300, format: Format = FORMAT
+) -> Manifest:
     """Write and seal a corpus."""
     made = [make_slice(folder, f"s{i}", seed * 1000 + i, documents, format) for i in range(slices)]
     return seal(folder, format, {"corpus": folder.name, "tokenizer_sha256": "0" * 64}, made)
