@@ -32,7 +32,7 @@ from data_pipeline.clean import Clean
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
-from data_pipeline.progress import Display, size
+from data_pipeline.progress import Display, Progress, size
 from data_pipeline.shards import Format, Manifest, SealedSlice, ShardRecord, seal
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
@@ -101,6 +101,7 @@ def make_tokenizer(preparation: Preparation) -> Tokenizer:
     out = preparation.out
     out.mkdir(parents=True, exist_ok=True)
     with Lease.wait(out / ".tokenizer.lease", log.info):
+        _remove_half_written(out)
         made = _read_json(out / TOKENIZER_MADE)
         wanted = _tokenizer_identity(preparation.tokenizer)
         if made is None:
@@ -141,15 +142,19 @@ def _sampled(preparation: Preparation, choice: TrainTokenizer, taken: dict[str, 
     """
     inputs = {corpus: preparation.inputs(corpus) for corpus in preparation.corpora}
     texts = {c: sum(map(source.text_bytes, inputs[c])) for c, source in preparation.corpora.items()}
-    for corpus in preparation.corpora:
-        budget = int(choice.sample_bytes * min(1.0, texts[corpus] / max(sum(texts.values()), 1)))
-        taken[corpus] = {"documents": 0, "bytes": 0}
-        for text in _sampled_of(preparation, corpus, inputs[corpus], budget, choice.seed):
-            taken[corpus]["documents"] += 1
-            taken[corpus]["bytes"] += len(text.encode())
-            yield text
-        got = taken[corpus]
-        log.info("tokenizer: %s: %s documents, %s of text", corpus, f"{got['documents']:,}", size(got["bytes"]))
+    progress = Progress(min(choice.sample_bytes, int(sum(texts.values()))))
+    with Display("tokenizer: sample") as display:
+        for corpus in preparation.corpora:
+            budget = int(choice.sample_bytes * min(1.0, texts[corpus] / max(sum(texts.values()), 1)))
+            got = taken[corpus] = {"documents": 0, "bytes": 0}
+            for text in _sampled_of(preparation, corpus, inputs[corpus], budget, choice.seed):
+                got["documents"] += 1
+                got["bytes"] += len(text.encode())
+                progress.done_documents += 1
+                progress.done_bytes += len(text.encode())
+                display(progress)
+                yield text
+            log.info("tokenizer: %s: %s documents, %s of text", corpus, f"{got['documents']:,}", size(got["bytes"]))
 
 
 def _sampled_of(
@@ -203,6 +208,7 @@ def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job
     folder = preparation.out / corpus
     folder.mkdir(parents=True, exist_ok=True)
     with Lease.wait(folder / ".plan.lease", log.info):
+        _remove_half_written(folder)
         plan = _planned(preparation, corpus, folder, identity(preparation, corpus, tokenizer))
         job = Job(
             folder=folder,
@@ -508,6 +514,12 @@ def outline(preparation: Preparation, corpus: str) -> Outline:
         slices=len(slices),
         slices_made=sum(slice_record(folder, plan, slice) is not None for slice in slices) if plan else 0,
     )
+
+
+def _remove_half_written(folder: Path) -> None:
+    """Files that a killed process was writing; whoever holds the folder's lease is the only one to write there."""
+    for path in folder.glob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Any:

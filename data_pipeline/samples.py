@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from data_pipeline.shards import Manifest, Shards, Split
+from data_pipeline.shards import Manifest, Shards, Split, read_parquet
 from data_pipeline.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 150
@@ -74,5 +73,6 @@ def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, 
 
 
 def _sidecar(shards: Shards, shard: int, ordinal: int) -> dict[str, Any]:
-    rows = pq.read_table(shards.path(shard, "docs.parquet"), filters=[("ordinal", "==", ordinal)]).to_pylist()
-    return rows[0] if rows else {}
+    table = read_parquet(shards.path(shard, "docs.parquet").read_bytes())
+    rows = table.slice(int(np.searchsorted(table["ordinal"].to_numpy(), ordinal)), 1).to_pylist()
+    return rows[0] if rows and rows[0]["ordinal"] == ordinal else {}

@@ -309,6 +309,8 @@ def test_leftovers_of_the_dead_are_swept(here: Path) -> None:
     (folder / ".tmp-0-00000-abc/train-00000.tar").write_text("half")
     (folder / ".0-00000.lease").symlink_to('{"host": "gone"}')
     (folder / "0-99999").mkdir()
+    (here / "out/crawl/.MANIFEST.json.tmp-1").write_text("half")
+    (here / "out/.tokenizer.json.tmp-1").write_text("half")
     run()
     assert contents(here / "out") == whole
 
