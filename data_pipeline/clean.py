@@ -11,7 +11,7 @@ from configs import Bool, Section
 _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029\x0b\x0c]")
 _UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")  # control characters, byte order marks
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-_LINE_TAIL = re.compile(r"[ \t]+$", re.MULTILINE)
+_LINE_TAIL = re.compile(r"(?<![ \t])[ \t]++\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -26,15 +26,20 @@ class Clean(Section):
 
     def text(self, text: str) -> str:
         """One kind of line end and of space, no control characters, no trailing space, at most one blank line."""
-        text = _SURROGATE.sub("\ufffd", text)  # half a character cannot be written as UTF-8
+        if not text.isascii():
+            text = self._composed(_SURROGATE.sub("\ufffd", text))  # half a character cannot be written as UTF-8
+            text = _SPACE.sub(" ", text)
+        text = _LINE_END.sub("\n", text)
+        text = _UNSEEN.sub("", text)
+        if " \n" in text or "\t\n" in text:
+            text = _LINE_TAIL.sub("\n", text)
+        return _BLANK_LINES.sub("\n\n", text).strip()
+
+    def _composed(self, text: str) -> str:
         if self.fix_encoding:
             import ftfy
 
             text = ftfy.fix_encoding(text)
-        if self.unicode != "as_is":
-            text = unicodedata.normalize("NFC" if self.unicode == "nfc" else "NFKC", text)
-        text = _LINE_END.sub("\n", text)
-        text = _UNSEEN.sub("", text)
-        text = _SPACE.sub(" ", text)
-        text = _LINE_TAIL.sub("", text)
-        return _BLANK_LINES.sub("\n\n", text).strip()
+        if self.unicode == "as_is":
+            return text
+        return unicodedata.normalize("NFC" if self.unicode == "nfc" else "NFKC", text)

@@ -205,7 +205,9 @@ def _plain(text: str) -> str:
 
 # --- sentences ------------------------------------------------------------------------------------------------------
 
-_END = re.compile(r"(?P<mark>[.!?…]+)(?P<close>[\"'”’»)\]]*)\s+(?=(?P<open>[\"'“‘«(\[¿¡—–-]*)(?P<next>[^\W_]|$))")
+_END = re.compile(
+    r"(?<![.!?…])(?P<mark>[.!?…]++)(?P<close>[\"'”’»)\]]*)\s+(?=(?P<open>[\"'“‘«(\[¿¡—–-]*)(?P<next>[^\W_]|$))"
+)
 _NO_END = re.compile(
     r"(?:^|[\s(\"'“‘—-])(?:[^\W\d_]|Mr|Mrs|Ms|Dr|St|Prof|Rev|Hon|Esq|Capt|Col|Gen|Lt|Sgt|Maj|Sr|Jr|Mt|Messrs|Mme|Mlle|No"
     r"|Vol|Chap|Fig|vs|viz|cf|etc|i\.e|e\.g|(?:[A-Z]\.)+[A-Z]|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept|Oct|Nov|Dec"

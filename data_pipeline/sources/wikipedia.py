@@ -16,6 +16,7 @@ import itertools
 import re
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -176,8 +177,7 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
     """
     verbatim = Verbatim()
     text = _COMMENT.sub("", wikitext.replace("\0", ""))
-    text = _VERBATIM_TAG.sub(verbatim.keep_tag, text)
-    text = _OUT_TAG.sub("", text)
+    text = _fold_tags(text, verbatim)
     text = _without_tables(text)
     text = _EXTERNAL_LINK.sub(lambda m: m["label"] or "", text)
     text = _fold_brackets(text, file_prefixes, verbatim)
@@ -193,15 +193,13 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
 
 
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_VERBATIM_TAG = re.compile(
-    r"<(?P<tag>nowiki|math|chem|pre|syntaxhighlight|source)\b[^<>]*?(?:/>|>(?P<inner>.*?)</(?P=tag)\s*>)",
-    re.DOTALL | re.IGNORECASE,
+_VERBATIM = ["nowiki", "math", "chem", "pre", "syntaxhighlight", "source"]
+_LEFT_OUT = (
+    "ref|references|gallery|timeline|imagemap|score|graph|mapframe|maplink|hiero|inputbox|categorytree|templatestyles"
+    "|section"
 )
-_OUT_TAG = re.compile(
-    r"<(?:ref|references|templatestyles|section)\b[^<>]*/>"
-    r"|<(?P<tag>ref|references|gallery|timeline|imagemap|score|graph|mapframe|maplink|hiero|inputbox|categorytree)\b"
-    r"[^<>]*>.*?</(?P=tag)\s*>",
-    re.DOTALL | re.IGNORECASE,
+_BLOCK_TAG = re.compile(
+    rf"<(?P<close>/?)(?P<name>{'|'.join(_VERBATIM)}|{_LEFT_OUT})\b[^<>]*?(?P<alone>/?)>", re.IGNORECASE
 )
 _EXTERNAL_LINK = re.compile(
     r"\[(?:https?:|ftps?:|mailto:|news:|irc:)?(?://)[^\s\[\]<>]*(?:[ \t]+(?P<label>[^\[\]\n]*))?\]"
@@ -215,10 +213,9 @@ _QUOTES = re.compile(r"'{2,}")
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
 _HOLLOWS = [  # what templates without text leave in their sentence
     (re.compile(r"\([ \xa0]*(?:(?:[;,:/]|or|and)[ \xa0]+)*"), "("),
-    (re.compile(r"[;,][ \xa0;,]*\)"), ")"),
-    (re.compile(r"[ \xa0]+\)"), ")"),
+    (re.compile(r"(?<![ \xa0;,])[ \xa0;,]++\)"), ")"),
     (re.compile(r"[ \xa0]?\(\)"), ""),
-    (re.compile(r"[ \xa0]+(?=[,.](?:\s|$))"), ""),
+    (re.compile(r"(?<![ \xa0])[ \xa0]++(?=[,.](?:\s|$))"), ""),
     (re.compile(r"(?<=\S)[ \t]{2,}"), " "),
 ]
 
@@ -233,12 +230,10 @@ class Verbatim:
         self.texts.append(text)
         return f"\0{len(self.texts) - 1}\0"
 
-    def keep_tag(self, match: re.Match[str]) -> str:
-        inner = match["inner"] or ""
-        tag = match["tag"].lower()
-        if tag in ("math", "chem"):
+    def keep_tag(self, name: str, inner: str) -> str:
+        if name in ("math", "chem"):
             inner = " ".join(inner.split())
-        elif tag != "nowiki":
+        elif name != "nowiki":
             inner = inner.strip("\n")
         return self.keep(html.unescape(inner)) if inner else ""
 
@@ -246,6 +241,24 @@ class Verbatim:
         while "\0" in text:  # once for each level: a kept text may hold another
             text = re.sub(r"\0(\d+)\0", lambda m: self.texts[int(m[1])], text)
         return text
+
+
+def _fold_tags(text: str, verbatim: Verbatim) -> str:
+    """Put verbatim elements aside and leave others out, with all that is in them; a tag never closed is only a tag."""
+    tags = list(_BLOCK_TAG.finditer(text))
+    closing = Counter(tag["name"].lower() for tag in tags if tag["close"])  # those still to come
+    kept, end, opened = [], 0, ""
+    for tag in tags:
+        name = tag["name"].lower()
+        closing[name] -= bool(tag["close"])
+        if not opened and not tag["close"] and (tag["alone"] or closing[name] > 0):
+            kept.append(text[end : tag.start()])
+            end = tag.end()
+            opened = "" if tag["alone"] else name
+        elif tag["close"] and name == opened:
+            kept.append(verbatim.keep_tag(name, text[end : tag.start()]) if name in _VERBATIM else "")
+            end, opened = tag.end(), ""
+    return "".join([*kept, text[end:]])
 
 
 _SECTION = re.compile(r"^==", re.MULTILINE)
@@ -277,26 +290,24 @@ _OPENING = {"}}": "{{", "]]": "[["}
 def _fold_brackets(text: str, file_prefixes: frozenset[str], verbatim: Verbatim) -> str:
     """Replace each template and each link by its text, innermost first."""
     stack: list[tuple[str, list[str]]] = [("", [])]
+    opened = Counter[str]()
     for piece in _BRACKETS.split(text):
         opening = _OPENING.get(piece)
         if piece in ("{{", "[["):
             stack.append((piece, []))
-        elif opening is not None and any(bracket == opening for bracket, _ in stack):
-            while stack[-1][0] != opening:
-                _unfold(stack)
-            inner = "".join(stack.pop()[1])
-            stack[-1][1].append(_template(inner, verbatim) if opening == "{{" else _link(inner, file_prefixes))
+            opened[piece] += 1
+        elif opening is not None and opened[opening]:
+            inner: list[list[str]] = []  # from the last bracket back to the one that is closed; those between are text
+            bracket = ""
+            while bracket != opening:
+                bracket, pieces = stack.pop()
+                opened[bracket] -= 1
+                inner.append(pieces)
+            whole = "".join(itertools.chain(*reversed(inner)))
+            stack[-1][1].append(_template(whole, verbatim) if opening == "{{" else _link(whole, file_prefixes))
         else:
             stack[-1][1].append(piece)
-    while len(stack) > 1:
-        _unfold(stack)
-    return "".join(stack[0][1])
-
-
-def _unfold(stack: list[tuple[str, list[str]]]) -> None:
-    """The innermost bracket is never closed: what follows it is text."""
-    _, pieces = stack.pop()
-    stack[-1][1].extend(pieces)
+    return "".join(piece for _, pieces in stack for piece in pieces)
 
 
 _LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*:|simple:")

@@ -34,6 +34,12 @@ def test_sentences(paragraph: str, found: list[str]) -> None:
     assert sentences(paragraph) == found
 
 
+def test_long_runs_cost_no_more_than_others() -> None:
+    for run in ("." * 300_000, "_" * 300_000, "*" * 300_000, " " * 300_000, "* " * 150_000):
+        assert "".join(paragraphs(f"One{run}x")[0]).startswith("One")
+        assert sentences(f"One{run}x")[0].startswith("One")
+
+
 def test_a_book_with_everything_around_it() -> None:
     book = (
         "The Project Gutenberg eBook of X\r\n\r\nThis ebook is for the use of anyone anywhere.\r\n\r\n"

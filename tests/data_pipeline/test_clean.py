@@ -24,6 +24,10 @@ def test_text_is_tidied(text: str, clean: str) -> None:
     assert Clean().text(text) == clean
 
 
+def test_long_runs_cost_no_more_than_others() -> None:
+    assert Clean().text("x" + " " * 500_000 + "y \n") == "x" + " " * 500_000 + "y"
+
+
 def test_forms_can_be_chosen() -> None:
     assert Clean(unicode="nfkc").text("ﬁve ①") == "five 1"
     assert Clean(unicode="as_is").text("e\u0301") == "e\u0301"

@@ -48,9 +48,12 @@ def test_wikitext_becomes_readable(wikitext: str, plain: str) -> None:
     assert text(wikitext) == plain
 
 
-def test_cost_is_linear_in_hostile_nesting() -> None:
+def test_hostile_pages_cost_no_more_than_others() -> None:
     assert len(text("{{" * 100_000 + "x")) == 1
     assert text("[[a|" * 50_000 + "x" + "]]" * 50_000) == "x"
+    assert text("<ref>" * 100_000 + "x") == text("<math>x" + "<ref>" * 100_000) == "x"
+    assert text("x" + " " * 500_000 + "y" + " ;" * 200_000 + "z") == "x y" + " ;" * 200_000 + "z"
+    assert text("{|\n" * 50_000 + "x") == ""
 
 
 @pytest.mark.parametrize("packing", ["", ".bz2", ".gz", "multistream"])
