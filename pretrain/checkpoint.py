@@ -84,6 +84,11 @@ class Committed:
     def branch(self) -> int:
         return int(self.manifest["branch"])
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a save was given as `extra`; nothing in checkpoints of older versions."""
+        return dict(self.manifest.get("state", {}))
+
 
 # --- finding --------------------------------------------------------------------------------------------------------
 
@@ -171,7 +176,7 @@ def _file_hash(path: Path) -> str:
 class Saver:
     """Saves one rank's part in the background, one save in flight; on rank 0 it also commits and retires.
 
-    `on_commit(committed)`, `on_removed(folder)` and `on_failed(step, reason)` are called on rank 0, from the thread.
+    `on_commit(committed, seconds since the save began)` and `on_removed(folder)` are called on rank 0, from the thread.
     """
 
     def __init__(
@@ -182,7 +187,7 @@ class Saver:
         rank: int,
         ranks: int,
         facts: dict[str, Any],
-        on_commit: Callable[[Committed], None] = lambda committed: None,
+        on_commit: Callable[[Committed, float], None] = lambda committed, seconds: None,
         on_removed: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         self.root = run_folder / "checkpoints"
@@ -194,10 +199,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, state: State, position: Position, digest_share: int) -> float:
+    def save(self, state: State, position: Position, digest_share: int, extra: dict[str, Any] | None = None) -> float:
         """Snapshot, and write in the background; seconds that the caller was held up.
 
         `position.digest` is the digest at the attempt's start; every rank adds its `digest_share` through its file.
+        `extra` (JSON) is kept in the manifest as `state`: what else a resume needs, the same on every rank.
         """
         self._join()
         begun = time.perf_counter()
@@ -205,7 +211,9 @@ class Saver:
         record |= {"digest_share": f"{digest_share:032x}", "steps": state.steps}
         held_up = time.perf_counter() - begun
         self.last_step = position.step
-        self._thread = threading.Thread(target=self._run, args=(record, position), name="longhaul-save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(record, position, extra or {}, begun), name="longhaul-save", daemon=True
+        )
         self._thread.start()
         return held_up
 
@@ -250,14 +258,14 @@ class Saver:
             torch.cuda.synchronize()
         return {"kinds": kinds, "fragments": fragments}
 
-    def _run(self, record: dict[str, Any], position: Position) -> None:
+    def _run(self, record: dict[str, Any], position: Position, extra: dict[str, Any], begun: float) -> None:
         folder = self.root / f".tmp-{folder_name(position.step, self.branch)}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write(folder, record)
             if self.rank == 0:
-                committed = self._commit(folder, position)
-                self.on_commit(committed)
+                committed = self._commit(folder, position, extra)
+                self.on_commit(committed, time.perf_counter() - begun)
                 self._retire()
         except OSError as error:
             self._error = self._taken_over() or SaveError(
@@ -294,7 +302,7 @@ class Saver:
         record |= {"bytes": file.size, "hash": file.hash.hexdigest(), "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
         write_durably(folder / f"{stem}.json", json.dumps(record).encode())
 
-    def _commit(self, folder: Path, position: Position) -> Committed:
+    def _commit(self, folder: Path, position: Position, extra: dict[str, Any]) -> Committed:
         stems = [f"rank-{r}-of-{self.ranks}" for r in range(self.ranks)]
         self._await_peers(folder, stems)
         files, digest = {}, int(position.digest, 16)
@@ -310,6 +318,7 @@ class Saver:
             "format": FORMAT_VERSION,
             "position": asdict(Position(position.step, position.samples, position.tokens, f"{digest:032x}")),
             "branch": self.branch,
+            "state": extra,
             "world_size": self.ranks,
             "time": time.time(),
             "files": files,

@@ -93,7 +93,7 @@ def begin(run: TrainRun, ranks: Ranks) -> Iterator[Attempt]:
     journal, trackers = _journal(run, ranks, course, chosen, branch, start) if ranks.rank == 0 else (None, None)
     saver = Saver(
         run.run_folder, run.checkpoint, branch, ranks.rank, ranks.size, facts,
-        on_commit=lambda committed: _on_commit(journal, committed),
+        on_commit=lambda committed, seconds: _on_commit(journal, committed, seconds),
         on_removed=lambda folder: _on_removed(journal, folder),
     )  # fmt: skip
     peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
@@ -242,9 +242,9 @@ def _journal(
     return journal, start_trackers(run.track, run.run_folder)
 
 
-def _on_commit(journal: Journal | None, committed: Committed) -> None:
+def _on_commit(journal: Journal | None, committed: Committed, seconds: float) -> None:
     if journal is not None:
-        journal.checkpoint(committed.position.step, "ready", str(committed.folder), committed.manifest_hash)
+        journal.checkpoint(committed.position.step, "ready", str(committed.folder), committed.manifest_hash, seconds)
         journal.sync()
         log.info("checkpoint %s", committed.folder.name)
 

@@ -58,9 +58,15 @@ class Journal:
         """Metrics such as `validation/wikipedia/loss`, of the weights after `step`."""
         self._append("evaluation", step, {"tokens": tokens, "metrics": _plain(metrics)})
 
-    def checkpoint(self, step: int, status: CheckpointStatus, path: str, manifest_hash: str | None) -> None:
-        """What became of the checkpoint of `step`; its folder's name is its identity."""
-        self._append("checkpoint", step, {"status": status, "path": path, "manifest_hash": manifest_hash})
+    def checkpoint(
+        self, step: int, status: CheckpointStatus, path: str, manifest_hash: str | None, seconds: float | None = None
+    ) -> None:
+        """What became of the checkpoint of `step`; its folder's name is its identity.
+
+        `seconds` of a ready one: from the begin of the save to its commit.
+        """
+        record = {"status": status, "path": path, "manifest_hash": manifest_hash}
+        self._append("checkpoint", step, record | ({} if seconds is None else {"seconds": round(seconds, 3)}))
 
     def end(self, step: int, exit_code: int, why: str) -> None:
         """The attempt ends in good order, with one of the contract's exit codes."""
@@ -120,7 +126,7 @@ class Journal:
 class Record:
     """One line of the journal: what every record has, and its other fields by name."""
 
-    type: Literal["attempt", "step", "evaluation", "checkpoint", "end"]
+    type: Literal["attempt", "step", "evaluation", "checkpoint", "event", "end"]
     branch: int
     step: int
     time: float  # seconds since the epoch

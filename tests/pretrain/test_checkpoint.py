@@ -215,3 +215,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(small_disk: Path) -> 
     (small_disk / "filler").unlink()
     commit(small_disk, 3, 1)
     assert checkpoint.live_checkpoints(small_disk)[0].name == "step-3.b1"
+
+
+def test_what_a_save_is_given_comes_back_and_older_manifests_have_nothing(run_folder: Path) -> None:
+    told: list[float] = []
+    saver = Saver(
+        run_folder, Checkpoints(), 1, 0, 1, {}, on_commit=lambda committed, seconds: told.append(seconds)
+    )  # fmt: skip
+    saver.save(make_state(0, 1, 1), Position(1, 10, 640, "0" * 32), 0, {"guard": {"skipped": [3, 4]}})
+    saver.wait()
+    committed = checkpoint.open_checkpoint(checkpoint.live_checkpoints(run_folder)[0])
+    assert committed.state == {"guard": {"skipped": [3, 4]}} and told and told[0] > 0
+    del committed.manifest["state"]
+    assert committed.state == {}
