@@ -22,6 +22,7 @@ say "attempt $attempt on $SLURM_JOB_NODELIST, output in $output"
 if [ "$policy" = chain ] && [ $restarts -lt "$max_restarts" ]; then # queued now, so that a lost node cannot prevent it
     next=$(env -u SLURM_RESTART_COUNT LONGHAUL_CHAINED=$((restarts + 1)) sbatch --parsable \
         --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes "$0")
+    [ -z "$next" ] || echo "$next" >>"$jobs"
 fi
 
 srun --kill-on-bad-exit=1 --unbuffered "${srun_arguments[@]}" --output="$output/rank-%t.log" "${rank[@]}" 2>"$output/srun.log"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     pass
 
 RESTARTED = {FAILED: "failed", STOPPED: "stopped and saved", HUNG: "hung"}  # exit codes after which a job starts again
+JOBS = "jobs"  # in a submission's folder: the ids of its jobs on SLURM, a line each, chained ones too
 ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its logs/attempt-<n>
 
 

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from configs import Float, Int, Section
 from launch.job import ATTEMPT, RESTARTED, Job, log, new_folder
+from launch.notice import Notice
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_S = 0.1
@@ -34,6 +35,7 @@ class Local(Section):
     ranks: Int = Field(1, ge=1)
     restarts: Int = Field(0, ge=0)  # how often a run that failed, hung or stopped by itself is started again
     grace_s: Float = Field(10.0, ge=0)  # from a rank's bad end to TERM for the others, and from there to KILL
+    notice: Notice | None = None
 
     def show(self, job: Job) -> str:
         """What `start` would run."""

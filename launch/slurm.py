@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from configs import Bool, Float, Int, Section
-from launch.job import RESTARTED, Job
+from launch.job import JOBS, RESTARTED, Job
+from launch.notice import Notice
 
 BATCH = Path(__file__).with_name("batch.sh")
 STOP_SIGNAL = "USR2"  # NCCL may use USR1 for itself
@@ -50,6 +51,7 @@ class Slurm(Section):
     python: str | None = None  # what starts Python in a rank, as `apptainer exec image.sif python`; absent: this one
     srun: list[str] = Field([])  # further arguments of srun
     sbatch: dict[str, str] = Field({})  # further parameters of sbatch by long name; the value `true` stands for none
+    notice: Notice | None = None
 
     @model_validator(mode="after")
     def _has_time(self) -> Slurm:
@@ -67,10 +69,13 @@ class Slurm(Section):
         """Queue the job and print its id. Raises SlurmError in SLURM's own words."""
         job.write(self)
         try:
-            print(self._executor(job).queue(), flush=True)
+            number = self._executor(job).queue()
         except (FileNotFoundError, FailedJobError, FailedSubmissionError) as error:
             shutil.rmtree(job.folder)
             raise SlurmError(_explain(error)) from None
+        with (job.folder / JOBS).open("a") as jobs:  # the job may run by now, and have chained its successor
+            jobs.write(f"{number}\n")
+        print(number, flush=True)
         return 0
 
     def _executor(self, job: Job) -> _Executor:
@@ -109,6 +114,7 @@ class Slurm(Section):
         python = self.python or shlex.quote(sys.executable)
         known = [
             f"logs={shlex.quote(str(job.logs))}",
+            f"jobs={shlex.quote(str(job.folder / JOBS))}",
             f"policy={self.restart}",
             f"max_restarts={self.restarts}",
             f"restarted=' {' '.join(map(str, RESTARTED))} '",
