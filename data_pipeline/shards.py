@@ -36,6 +36,7 @@ import xxhash
 
 from configs import ConfigError, canonical_json
 from data_pipeline.document import Document
+from data_pipeline.failpoints import fail_at
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -346,9 +347,12 @@ def write_durably(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(data)
+        fail_at("file.written")
         file.flush()
         os.fsync(file.fileno())
+    fail_at("file.synced")
     temporary.replace(path)
+    fail_at("file.renamed")
     sync_folder(path.parent)
 
 

@@ -6,14 +6,17 @@
         MANIFEST.json           position, lineage, identity, every file with size and hash; written last
 
 Each rank copies its fragments into one reused host buffer (all that training waits for); a thread writes, hashes and
-syncs them, then the rank's JSON. Rank 0's thread waits for the JSON of every rank, writes the manifest, renames the
-folder and syncs its parent. No collective runs in a thread.
+syncs them, reads them back from the disk, then writes the rank's JSON. Rank 0's thread waits for the JSON of every
+rank, writes the manifest, renames the folder and syncs its parent. No collective runs in a thread. So what is committed
+has been verified, and retention, which comes after a commit, never removes the newest that verifies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,12 +33,17 @@ from pydantic import Field
 from torch import Tensor
 
 from configs import ConfigError, Float, Int, Section
+from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import HashedFile, sync_folder, write_durably
+from pretrain import disk
 from pretrain.engine.state import MASTER, Fragment, State
 from pretrain.lineage import Lineage, TakenOver
 
+log = logging.getLogger("pretrain")
+
 FORMAT_VERSION = 1
 CHUNK_BYTES = 4 * 2**20
+PAGE_BYTES = 4096
 PEER_TIMEOUT_S = 1800.0  # how long rank 0 waits for the other ranks' files
 NAME = re.compile(r"step-(\d+)\.b(\d+)")
 
@@ -224,6 +232,12 @@ class Saver:
         error, self._error = self._error, None
         return error
 
+    def done(self, timeout_s: float) -> bool:
+        """Whether no save is in flight, after waiting for at most `timeout_s`."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait for the save in flight. Raises its error."""
         self._join()
@@ -260,20 +274,55 @@ class Saver:
 
     def _run(self, record: dict[str, Any], position: Position, extra: dict[str, Any], begun: float) -> None:
         folder = self.root / f".tmp-{folder_name(position.step, self.branch)}"
+        needs = self._needs_bytes(record)
         try:
+            fail_at("checkpoint.begun")
             folder.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                self._sweep_older(position.step)
+                if (line := disk.shortage(folder, needs, 2 * self.ranks + 2)) is not None:
+                    raise SaveError(f"{line}: checkpoint of step {position.step} not saved")
             self._write(folder, record)
             if self.rank == 0:
                 committed = self._commit(folder, position, extra)
                 self.on_commit(committed, time.perf_counter() - begun)
-                self._retire()
-        except OSError as error:
-            self._error = self._taken_over() or SaveError(
-                f"{error.filename or folder}: {error.strerror or error}: checkpoint of step {position.step} not saved"
-            )
-            shutil.rmtree(folder, ignore_errors=True)
+                fail_at("checkpoint.told")
         except Exception as error:
-            self._error = error
+            self._error = self._abandon(folder, position.step, error, needs)
+        else:
+            if self.rank == 0:
+                self._retire()
+
+    def _abandon(self, folder: Path, step: int, error: Exception, needs: int) -> Exception:
+        """Give a failed save's room back, let rank 0 know, and say what went wrong."""
+        if isinstance(error, OSError):
+            line = disk.explain(error, self.root, needs)
+            error = self._taken_over() or SaveError(f"{line}: checkpoint of step {step} not saved")
+        if isinstance(error, TakenOver):
+            return error  # the attempt that has taken over sweeps what this one wrote
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                (folder / f"{self._stem(self.rank)}.bin").unlink(missing_ok=True)
+                (folder / f"{self._stem(self.rank)}.failed").write_text(str(error))
+        return error
+
+    def _stem(self, rank: int) -> str:
+        return f"rank-{rank}-of-{self.ranks}"
+
+    def _needs_bytes(self, record: dict[str, Any]) -> int:
+        """What the whole checkpoint takes: every rank's share is about as large as this one's."""
+        assert self._buffer is not None
+        size = self._buffer.numel()
+        return (size + len(json.dumps(record)) + 40 * (size // CHUNK_BYTES) + 2 * PAGE_BYTES) * self.ranks
+
+    def _sweep_older(self, step: int) -> None:
+        """Remove what failed saves of this attempt left: their other ranks may have written on."""
+        for path in self.root.glob(f".tmp-step-*.b{self.branch}"):
+            match = NAME.fullmatch(path.name.removeprefix(".tmp-"))
+            if match and int(match[1]) < step:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _taken_over(self) -> TakenOver | None:
         """Another attempt sweeps what this one writes."""
@@ -285,12 +334,13 @@ class Saver:
 
     def _write(self, folder: Path, record: dict[str, Any]) -> None:
         assert self._buffer is not None
-        stem = f"rank-{self.rank}-of-{self.ranks}"
+        path = folder / f"{self._stem(self.rank)}.bin"
         data = memoryview(self._buffer.numpy().data)
         chunks = []
-        with (folder / f"{stem}.bin").open("wb", buffering=0) as raw:
+        with path.open("wb", buffering=0) as raw:
             file = HashedFile(raw)
             for begin in range(0, len(data), CHUNK_BYTES):
+                fail_at("checkpoint.writing")
                 chunk = data[begin : begin + CHUNK_BYTES]
                 chunks.append(xxhash.xxh3_128_hexdigest(chunk))
                 written = 0
@@ -298,13 +348,19 @@ class Saver:
                     written += raw.write(chunk[written:])
                 file.hash.update(chunk)
                 file.size += len(chunk)
+            fail_at("checkpoint.written")
             os.fsync(raw.fileno())
+        fail_at("checkpoint.synced")
+        _read_back(path, chunks)
+        fail_at("checkpoint.verified")
         record |= {"bytes": file.size, "hash": file.hash.hexdigest(), "chunk_bytes": CHUNK_BYTES, "chunks": chunks}
-        write_durably(folder / f"{stem}.json", json.dumps(record).encode())
+        write_durably(path.with_suffix(".json"), json.dumps(record).encode())
+        fail_at("checkpoint.described")
 
     def _commit(self, folder: Path, position: Position, extra: dict[str, Any]) -> Committed:
-        stems = [f"rank-{r}-of-{self.ranks}" for r in range(self.ranks)]
+        stems = [self._stem(rank) for rank in range(self.ranks)]
         self._await_peers(folder, stems)
+        fail_at("checkpoint.gathered")
         files, digest = {}, int(position.digest, 16)
         for stem in stems:
             data = (folder / f"{stem}.json").read_bytes()
@@ -327,15 +383,21 @@ class Saver:
         manifest["sha256"] = _self_hash(manifest)
         data = json.dumps(manifest, indent=1).encode()
         write_durably(folder / "MANIFEST.json", data)
+        fail_at("checkpoint.manifest_written")
         self.lineage.check(self.branch)
         final = self.root / folder_name(position.step, self.branch)
         folder.rename(final)
+        fail_at("checkpoint.renamed")
         sync_folder(self.root)
+        fail_at("checkpoint.committed")
         return Committed(final, manifest, hashlib.sha256(data).hexdigest())
 
     def _await_peers(self, folder: Path, stems: list[str]) -> None:
         deadline = time.monotonic() + self.settings.peer_timeout_s
         while missing := [stem for stem in stems if not (folder / f"{stem}.json").is_file()]:
+            for stem in missing:
+                if (failed := folder / f"{stem}.failed").is_file():
+                    raise SaveError(failed.read_text() or f"{failed}: checkpoint not saved")
             if time.monotonic() > deadline:
                 raise SaveError(f"{folder}: {', '.join(missing)} not written in {self.settings.peer_timeout_s:.0f} s")
             self.lineage.check(self.branch)
@@ -349,16 +411,41 @@ class Saver:
         every = self.settings.keep_every_steps
         for step, branch, path in all_checkpoints(run_folder):
             for_good = every is not None and step > 0 and step % every == 0 and path in live
-            if path not in kept and not for_good and branch <= self.branch:
+            if path in kept or for_good or branch > self.branch:
+                continue
+            try:
                 remove(path)
+            except OSError as error:
+                log.warning("%s: cannot be removed: %s; tried again after the next save", path, error.strerror)
+            else:
                 self.on_removed(path)
+
+
+def _read_back(path: Path, chunks: list[str]) -> None:
+    """Raise SaveError unless a file that was just synced comes back from the disk as it was written."""
+    with path.open("rb", buffering=0) as file:
+        disk.forget_cached(file.fileno())
+        for number, expected in enumerate(chunks):
+            chunk = os.pread(file.fileno(), CHUNK_BYTES, number * CHUNK_BYTES)
+            if xxhash.xxh3_128_hexdigest(chunk) != expected:
+                raise SaveError(
+                    f"{path}: the disk gives back other bytes than were written, from byte {number * CHUNK_BYTES} on: "
+                    f"checkpoint not saved"
+                )
+        disk.forget_cached(file.fileno())  # nobody reads it soon, and the host's memory has better uses
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint: first its name, then its bytes, so that a kill in between leaves nothing half."""
     doomed = folder.with_name(f".del-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
+    fail_at("checkpoint.removing")
     folder.rename(doomed)
+    fail_at("checkpoint.unnamed")
+    sync_folder(doomed.parent)
+    for path in doomed.iterdir():
+        fail_at("checkpoint.deleting")
+        path.unlink(missing_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

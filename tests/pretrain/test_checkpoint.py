@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -188,33 +185,6 @@ def test_rolled_back_and_killed_does_not_bring_back_the_retired_branch(run_folde
     commit(run_folder, 20, branch=3, settings=many)
     assert [path.name for path in checkpoint.live_checkpoints(run_folder)] == ["step-20.b3", "step-10.b1"]
     assert lineage.live() == [(3, None), (1, 10)]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 192 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it_whole(small_disk: Path) -> None:
-    Lineage(small_disk).take(None, 0, None, "start")
-    commit(small_disk, 1, 1)
-    (small_disk / "filler").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
-    with pytest.raises(SaveError, match=r"No space left on device: checkpoint of step 2 not saved"):
-        commit(small_disk, 2, 1)
-    (folder,) = checkpoint.live_checkpoints(small_disk)
-    assert folder.name == "step-1.b1" and checkpoint.verify(folder) == []
-    (small_disk / "filler").unlink()
-    commit(small_disk, 3, 1)
-    assert checkpoint.live_checkpoints(small_disk)[0].name == "step-3.b1"
 
 
 def test_what_a_save_is_given_comes_back_and_older_manifests_have_nothing(run_folder: Path) -> None:
