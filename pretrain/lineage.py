@@ -28,7 +28,10 @@ class TakenOver(Exception):
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch's record: `parent`, `step`, `manifest_hash` name the checkpoint it goes on from (None at the start)."""
+    """A branch's record: `parent`, `step`, `manifest_hash` name the checkpoint it goes on from (None at the start).
+
+    `origin` is what the first branch of a run begins with that is not random: `pretrain.parent.Parent.record`.
+    """
 
     branch: int
     parent: int | None
@@ -39,6 +42,7 @@ class Branch:
     time: float = 0.0
     host: str = ""
     pid: int = 0
+    origin: dict[str, Any] | None = None
 
 
 class Lineage:
@@ -56,13 +60,20 @@ class Lineage:
         numbers = [int(path.stem) for path in self.folder.glob("[0-9]*.json")]
         return max(numbers, default=0)
 
-    def take(self, parent: int | None, step: int, manifest_hash: str | None, why: str) -> Branch:
+    def take(
+        self,
+        parent: int | None,
+        step: int,
+        manifest_hash: str | None,
+        why: str,
+        origin: dict[str, Any] | None = None,
+    ) -> Branch:
         """Take the next branch. Where two attempts race, each gets one of its own, and the higher wins."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             branch = Branch(
                 self.highest() + 1, parent, step, manifest_hash, why,
-                time=time.time(), host=socket.gethostname(), pid=os.getpid(),
+                time=time.time(), host=socket.gethostname(), pid=os.getpid(), origin=origin,
             )  # fmt: skip
             if create_exclusively(self.folder / f"{branch.branch}.json", asdict(branch)):
                 return branch

@@ -100,10 +100,10 @@ def amended_segment(
             f"the run was amended from sample {records[-1].from_sample} on, and its newest checkpoint is at sample "
             f"{from_sample}; train beyond that first"
         )
-    amended = _configured(run, [*records, replace(records[-1], changes=list(changes))])
+    amended = configured(run, [*records, replace(records[-1], changes=list(changes))])
     amended = build(type(run), absolute(amended.model_dump()), "amended run")
-    _check_amendable(run, _configured(run, records), amended)
-    changes = [_settled(change.partition("=")[0], amended) for change in changes]
+    _check_amendable(run, configured(run, records), amended)
+    changes = [settled(change.partition("=")[0], amended) for change in changes]
     corpora = Corpora(amended.data)
     generations = {name: amended.data.sources[name].generations or records[-1].generations.get(name)
                    or len(corpora.manifests[name].generations) for name in amended.data.sources}  # fmt: skip
@@ -145,7 +145,7 @@ class Course:
 
 def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
     """The course of a run under its records. Raises ConfigError where its shards or epochs do not allow it."""
-    runs = [(r.from_sample, _configured(run, records[: i + 1])) for i, r in enumerate(records)]
+    runs = [(r.from_sample, configured(run, records[: i + 1])) for i, r in enumerate(records)]
     last, record = runs[-1][1], records[-1]
     corpora = Corpora(last.data)
     _check_identities(records, corpora)
@@ -227,7 +227,7 @@ def _last_sample(run: TrainRun, skips: Skips) -> int:
     return samples - 1
 
 
-def _configured(run: TrainRun, records: Sequence[SegmentRecord]) -> TrainRun:
+def configured(run: TrainRun, records: Sequence[SegmentRecord]) -> TrainRun:
     """The run's configuration with the changes of all records."""
     changes = [change for record in records for change in record.changes]
     return build(type(run), run.model_dump(mode="json"), "amended run", changes) if changes else run
@@ -251,7 +251,7 @@ def _check_amendable(run: TrainRun, before: TrainRun, after: TrainRun) -> None:
             raise ConfigError(f"{line}: cannot be amended: it {how}")
 
 
-def _settled(path: str, run: TrainRun) -> str:
+def settled(path: str, run: TrainRun) -> str:
     """A `key=value` with the value that the run has at a path."""
     value = run.model_dump(mode="json")
     for key in path.split("."):

@@ -5,12 +5,15 @@ Theirs keeps the matrices of a block transposed (a `Conv1D`, [in, out]) and leav
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from configs import ConfigError, differences
 from pretrain.models.gpt import Gpt
 
 PREFIX = "transformer."
@@ -25,6 +28,15 @@ TRANSPOSED = {
 _OURS = {**{f"blocks.*.{ours}": f"h.*.{theirs}" for ours, theirs in (INSIDE | TRANSPOSED).items()}, **OUTSIDE}
 _THEIRS = {theirs: ours for ours, theirs in _OURS.items()}
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, in files that old versions wrote
+
+_FREE = ("architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop")  # keys of config.json that change no weight
+_DEFAULTS = {  # of GPT2Config, for keys that a config.json leaves out
+    "n_positions": 1024,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
 
 
 def gpt2_config(model: Gpt) -> dict[str, Any]:
@@ -68,6 +80,44 @@ def from_gpt2(values: Iterable[tuple[str, Tensor]], tied: bool = True) -> Iterat
             yield name, value
             continue
         yield _rename(name, _THEIRS), value.t() if _is_transposed(name) else value
+
+
+def read_gpt2(folder: Path, model: Gpt) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a Hugging Face folder under our names, one at a time. Raises ConfigError where they differ."""
+    wanted = gpt2_config(model)
+    found = _DEFAULTS | json.loads((folder / "config.json").read_text())
+    if found["n_inner"] is None and "n_embd" in found:
+        found["n_inner"] = 4 * found["n_embd"]
+    keys = [key for key in wanted if key not in _FREE]
+    lines = differences({k: found[k] for k in keys if k in found}, {k: wanted[k] for k in keys})
+    if lines:
+        raise ConfigError(f"{folder / 'config.json'}: is not the run's model: {'; '.join(lines)}")
+    return from_gpt2(_read(weight_files(folder)), model.tied)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder. Pickles are not read. Raises ConfigError."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    paths = [folder / Path(name).name for name in names or ["model.safetensors"]]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: missing; weights are read from safetensors only, never from pickles (.bin, .pt)"
+            )
+    return paths
+
+
+def _read(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118, no mapping
+                    yield name, file.get_tensor(name).float()
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: damaged, or no safetensors file: {error}") from None
 
 
 def _is_transposed(theirs: str) -> bool:

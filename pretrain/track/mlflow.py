@@ -44,6 +44,8 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
 
+SHOWN_EVENTS = ("rollback", "gave_up", "weights_differ", "hang")  # as tags of the run, of retired branches too
+
 # Ours before MLflow's own: its defaults block for minutes on a dead server, print to stdout and send usage data.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again, and knows when to
@@ -262,6 +264,9 @@ class _Session:
                 self._attempt(record)
             elif live and record.type == "end":
                 self._end(record)
+            elif record.type == "event" and record.fields.get("kind") in SHOWN_EVENTS:
+                key = f"longhaul.{record.fields['kind']}.b{record.branch}.step{record.step}"
+                self.client.set_tag(self.run_id, key, _text(record.fields["text"], MAX_TAG))
             return live
         except MlflowException as error:
             if error.error_code not in REFUSED or not self._is_active():
@@ -414,6 +419,37 @@ def _client(config: Mlflow) -> MlflowClient:
     if config.database is not None:
         config.database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=config.uri)
+
+
+def find_model(config: Mlflow, name: str) -> tuple[Path, str | None]:
+    """(folder, manifest hash) of the checkpoint behind `models:/NAME@alias`, `models:/NAME/VERSION` or `models:/m-ID`.
+
+    Raises LookupError, with one line, where the registry does not lead to a checkpoint.
+    """
+    from mlflow.exceptions import MlflowException
+
+    rest = name.removeprefix("models:/")
+    client = _client(config)
+    try:
+        model_id = rest if re.fullmatch(r"m-\w+", rest) else _version_s_model(client, rest)
+        params = client.get_logged_model(model_id).params
+    except MlflowException as error:
+        raise LookupError(f"MLflow at {config.uri}: {cause(error)}") from None
+    if "path" not in params:
+        raise LookupError(f"{model_id} in MLflow at {config.uri} is not a checkpoint of a run: it has no path")
+    return Path(params["path"]), params.get("manifest_hash")
+
+
+def _version_s_model(client: MlflowClient, rest: str) -> str:
+    """The id of the logged model that NAME@alias or NAME/VERSION stands for."""
+    model, at, alias = rest.rpartition("@")
+    if at:
+        version = client.get_model_version_by_alias(model, alias)
+    elif (parts := rest.rpartition("/"))[1]:
+        version = client.get_model_version(parts[0], parts[2])
+    else:
+        raise LookupError("expected models:/NAME@alias or models:/NAME/VERSION")
+    return str(version.model_id or str(version.source).removeprefix("models:/"))
 
 
 def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:
