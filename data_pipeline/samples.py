@@ -59,7 +59,7 @@ def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, 
     ordinal, start = begins[0] if len(begins) else documents[0]
     begun = ids[max(0, int(start)) :][:SAMPLE_TOKENS]
     ends = np.flatnonzero(begun == tokenizer.end_of_text)
-    entry = _sidecar(shards, shard, int(ordinal))
+    entry = sidecar(shards, shard, int(ordinal))
     return Sample(
         split=split,
         slice=str(shards.table["slice"][shard]),
@@ -72,7 +72,8 @@ def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, 
     )
 
 
-def _sidecar(shards: Shards, shard: int, ordinal: int) -> dict[str, Any]:
+def sidecar(shards: Shards, shard: int, ordinal: int) -> dict[str, Any]:
+    """What a shard's sidecar says of a document; nothing where it does not begin in that shard."""
     table = read_parquet(shards.path(shard, "docs.parquet").read_bytes())
     rows = table.slice(int(np.searchsorted(table["ordinal"].to_numpy(), ordinal)), 1).to_pylist()
     return rows[0] if rows and rows[0]["ordinal"] == ordinal else {}

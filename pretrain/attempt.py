@@ -1,4 +1,4 @@
-"""An attempt, one start of a run on one rank: what the loop works with, and what its ranks agree on."""
+"""An attempt, one start of a run on one rank: what the loop works with, and what follows from what the ranks read."""
 
 from __future__ import annotations
 
@@ -7,30 +7,54 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from data_pipeline.failpoints import fail_at, spoil
+from data_pipeline.order import cut
+from data_pipeline.shards import ShardError
 from data_pipeline.stream import Batch, Stream, Validation
-from pretrain import checkpoint, guard
-from pretrain.checkpoint import Position, Saver
+from data_pipeline.trace import documents_of
+from pretrain import checkpoint, guard, replicas
+from pretrain.board import Board, Notice, Reading
+from pretrain.checkpoint import Committed, Position, Saver
 from pretrain.engine import Engine, Outcome
-from pretrain.evaluate import validation_losses
-from pretrain.guard import StopSignals
+from pretrain.evaluate import Abandoned, validation_losses
+from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
-from pretrain.meter import Meter, duration
-from pretrain.ranks import Pending, Ranks
+from pretrain.meter import Ledger, Meter, duration
+from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
 from pretrain.segments import Course
+from pretrain.stragglers import Stragglers
+from pretrain.suspects import accuse
 from pretrain.track import Journal, Trackers
+from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
+
+MOST_DOCUMENTS = 1000  # whose ids a record of the journal holds
+CLOSE_S = 10.0  # for the trackers to end, when the process was asked to stop
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why an attempt ends. `bad_steps`: first and last step of those that a rollback is to skip."""
+
+    exit_code: int
+    why: str
+    saves: bool = False  # with a checkpoint of where it is
+    bad_steps: tuple[int, int] | None = None
 
 
 @dataclass
 class Attempt:
-    """One start of a run on one rank: everything that the loop works with, and where it is."""
+    """One start of the run on one rank: everything that the loop works with, and where it is."""
 
     run: TrainRun
     ranks: Ranks
+    stop: StopSignals
+    watchdog: Watchdog
     course: Course
     engine: Engine
     stream: Stream
@@ -40,62 +64,231 @@ class Attempt:
     trackers: Trackers | None
     position: Position  # `digest` as it was when the attempt began
     meter: Meter
+    evaluated: bool  # this position has been, by an older attempt
+    guard_state: dict[str, Any]  # as the checkpoint had it
+    save_s: float | None = None  # what the last save took, from begin to commit; known to rank 0
+    ended: Ending | None = None
     digest_share: int = 0  # of what this rank has fed in this attempt
-    board: Board = field(init=False)
+    ledger: Ledger = field(default_factory=Ledger)
+    last_read: Reading | None = None
 
     def __post_init__(self) -> None:
-        self.board = Board(self)
+        spikes = Spikes(self.run.guard, self.guard_state.get("spikes"))
+        self.skipped = SkippedSteps(self.run.guard, int(self.guard_state.get("skipped_in_a_row", 0)))
+        self.board = Board(self.ranks, self.position, spikes)
+        self.stragglers = Stragglers(self.ranks.size, self.run.guard.slow_rank_factor)
+        self.first_step = self.position.step
+        self.save_error = ""
+        self._local: dict[str, float] = {}
+
+    @property
+    def last_step(self) -> int:
+        """Where this attempt ends at the latest."""
+        wanted = self.run.stop_at_step
+        return self.course.end_step if wanted is None else min(wanted, self.course.end_step)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
 
     def feed(self, batch: Batch) -> list[Any]:
         """A batch's micro-batches, on the device."""
+        self.watchdog.beat("step", batch.step)
+        fail_at("train.step", batch.step)
+        spoil("train.weights", next(self.engine.module.parameters()), batch.step)
         device, objective = self.ranks.device, self.run.objective
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         valid = torch.from_numpy(batch.valid).to(device, non_blocking=True)
-        return [objective.batch(t, v) for t, v in zip(tokens, valid, strict=True)]
+        batches = [objective.batch(t, v) for t, v in zip(tokens, valid, strict=True)]
+        for each in batches:
+            spoil("train.batch", each.weights, batch.step)
+        return batches
 
     def advance(self, batch: Batch) -> None:
         """The batch is consumed."""
         step = batch.step + 1
         self.digest_share = (self.digest_share + batch.digest) % 2**128
         self.position = Position(step, self.course.steps.start(step), self.course.tokens(step), self.position.digest)
+        self.evaluated = False
+
+    def post(self, outcome: Outcome, lr: float, seconds: float, waited: float) -> Reading | None:
+        """Tell the other ranks of the step that was just made, and read what they told of the one before."""
+        self.ledger.add("train", seconds)
+        self.ledger.add("data", waited)
+        if self.position.step == self.first_step + 1 and self.journal is not None:
+            self.journal.event(self.position.step, "first_step", f"first step in {seconds:.1f} s", seconds=seconds)
+        error = self.saver.poll()
+        if error is not None:
+            self.save_error = str(error)
+            log.warning("%s", error)
+        taken_over = isinstance(error, TakenOver)
+        needed = 2 * (self.save_s or 0.0) + 2 * (seconds + waited)
+        code = self.stop.exit_code(needed)
+        notice = Notice(
+            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, waited + outcome.forward_s, code,
+            code is not None and self.stop.left_s() < (self.save_s or 0.0), taken_over,
+            error is not None and not taken_over and self.run.checkpoint.on_error == "stop",
+        )  # fmt: skip
+        reading = self._read(self.board.post(notice, self.position))
+        self._local = {"lr": lr, "seconds": seconds + waited, "waited": waited}
+        return reading
+
+    def judge(self, batch: Batch, outcome: Outcome) -> Ending | None:
+        """What follows from this step and from the reading of the one before it; None to go on."""
+        if not outcome.applied:
+            self._report_skipped(batch, outcome)
+        if self.skipped.gives_up(outcome.applied):
+            bad = (batch.step + 1 - self.skipped.in_a_row, batch.step)
+            why = f"{self.skipped.in_a_row} steps in a row had a gradient that is not finite"
+            return self._give_up("nan", bad, why)
+        reading, self.last_read = self.last_read, None
+        if reading is None:
+            return None
+        if reading.spike is not None and self._rolls_back("spike"):
+            step = reading.position.step - 1
+            return self._give_up("spike", (step, step), f"{reading.spike.quantity} spiked at step {step + 1}")
+        return self._asked(reading)
+
+    def _asked(self, reading: Reading) -> Ending | None:
+        """The end that signals, the clock, a failed save or another attempt ask for."""
+        if reading.exit_code is None:
+            return None
+        if reading.exit_code == guard.TAKEN_OVER:
+            return Ending(guard.TAKEN_OVER, self.save_error or "another attempt has taken over this run")
+        if reading.exit_code == guard.FAILED:
+            return Ending(guard.FAILED, self.save_error or "a checkpoint could not be saved")
+        if reading.out_of_time:
+            return Ending(reading.exit_code, "stopped without a save, for which the time left is too short")
+        if reading.exit_code == guard.INTERRUPTED:
+            return Ending(guard.INTERRUPTED, "interrupted and saved", saves=True)
+        return Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True)
+
+    def _give_up(self, kind: str, bad: tuple[int, int], why: str) -> Ending:
+        return Ending(guard.GAVE_UP, why, bad_steps=bad if self._rolls_back(kind) else None)
+
+    def _rolls_back(self, kind: str) -> bool:
+        return self.run.guard.rollback is not None and kind in self.run.guard.rollback.on
+
+    # --- between steps --------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Measure the validation loss of every corpus."""
+        """Measure the validation loss of every corpus; left unfinished when the ranks are asked to stop."""
         begun = time.perf_counter()
         rows = self.run.micro_batch_seqs
-        metrics = validation_losses(self.engine, self.run.objective, self.validation, self.ranks, rows)
-        self.meter.aside(time.perf_counter() - begun)
+        try:
+            metrics = validation_losses(
+                self.engine, self.run.objective, self.validation, self.ranks, rows, self._before_batch
+            )
+        except Abandoned:
+            self._say("evaluation left unfinished: asked to stop")
+            return
+        seconds = time.perf_counter() - begun
+        self.meter.aside(seconds)
+        self.ledger.add("evaluate", seconds)
         if self.journal is not None and metrics:
-            self.journal.evaluation(self.position.step, self.position.tokens, metrics)
+            self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
             losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
             log.info("step %d  validation loss  %s", self.position.step, losses)
 
-    def save(self) -> None:
-        """Begin a checkpoint of this position, unless it has one."""
-        if self.saver.last_step == self.position.step:
-            return
-        self.pending()
-        held_up = self.saver.save(self.engine.state(), self.position, self.digest_share)
-        self.meter.aside(held_up)
+    def _before_batch(self) -> bool:
+        """Whether this rank is asked to stop, told before each batch of an evaluation."""
+        self.watchdog.beat("evaluation", self.position.step)
+        fail_at("evaluate.batch")
+        return self.stop.exit_code(2 * (self.save_s or 0.0)) is not None
 
-    def pending(self) -> None:
-        """Say that a checkpoint of this position is being written."""
+    def save(self) -> Ending | None:
+        """Begin a checkpoint of this position, unless it has one; an end instead where the weights are damaged."""
+        if self.saver.last_step == self.position.step:
+            return None
+        self.watchdog.beat("save", self.position.step)
+        if (ending := self.check_weights()) is not None:
+            return ending
+        self._read(self.board.read())  # so that the guard's state is that of this position
+        state = {"spikes": self.board.spikes.state(), "skipped_in_a_row": self.skipped.in_a_row}
         if self.journal is not None:
             folder = self.run.run_folder / "checkpoints" / checkpoint.folder_name(self.position.step, self.saver.branch)
             self.journal.checkpoint(self.position.step, "pending", str(folder), None)
+        held_up = self.saver.save(self.engine.state(), self.position, self.digest_share, {"guard": state})
+        self.meter.aside(held_up)
+        self.ledger.add("save", held_up)
+        return None
 
-    def end(self, code: int, why: str) -> int:
-        """Wait for the save in flight, say how it ended, and give the exit code."""
-        self.board.flush(self)
-        code, why = self._finish_save(code, why)
+    def check_weights(self) -> Ending | None:
+        """Compare the weights of all ranks; an end where they differ."""
+        odd = replicas.odd_ranks(self.engine, self.ranks)
+        if not odd:
+            return None
+        names = ", ".join(f"{rank} ({self.ranks.hosts[rank]})" for rank in odd)
+        what = f"weights differ on rank {names}" if len(odd) == 1 else f"weights differ between ranks {names}"
+        for rank in odd if len(odd) == 1 else ():
+            if self.ranks.rank == rank:
+                accuse(self.run.run_folder, rank, self.ranks.hosts[rank], "weights differ from the other ranks")
+        self.note("weights_differ", what, ranks=list(odd))
+        return Ending(guard.FAILED, f"{what}: memory or computation of that node is damaged")
+
+    def committed(self, committed: Committed, seconds: float) -> None:
+        """A checkpoint has been committed (rank 0, from the saver's thread)."""
+        self.save_s = seconds
+        if self.journal is not None:
+            name, digest = committed.folder.name, committed.manifest_hash
+            self.journal.checkpoint(committed.position.step, "ready", str(committed.folder), digest, seconds)
+            self.journal.sync()
+            log.info("checkpoint %s", name)
+
+    def hung(self, step: int, why: str) -> None:
+        """The watchdog is about to end this process (rank 0, from its thread)."""
+        if self.journal is not None:
+            self.journal.event(step, "hang", why)
+            self.journal.end(step, guard.HUNG, why)
+            self.journal.sync()
+
+    def failed(self, code: int, error: Exception) -> None:
+        """Write down an end by an exception."""
+        if self.journal is not None and self.ended is None:
+            text = " ".join(str(error).split())[:300]
+            self.journal.end(self.position.step, code, f"{type(error).__name__} in {self.watchdog.where}: {text}")
+
+    def finish(self, code: int, why: str) -> None:
+        """Write down an orderly end."""
         if self.journal is not None:
             self.journal.end(self.position.step, code, why)
-            log.info("%s at step %d (exit %d)", why, self.position.step, code)
+
+    def close(self) -> None:
+        """Close the journal, and give the trackers time to carry it."""
+        self.watchdog.beat("trackers", self.position.step)
+        if self.journal is not None:
+            self.journal.close()
+        if self.trackers is not None:
+            hurried = self.stop.received is not None
+            self.trackers.close(max(1.0, min(CLOSE_S, self.stop.left_s() - 2)) if hurried else None)
+
+    def due(self, every_steps: int | None) -> bool:
+        """Whether this position is one of those at every so many steps."""
+        return every_steps is not None and self.position.step % every_steps == 0
+
+    @property
+    def end_reason(self) -> str:
+        """Why there is no further step."""
+        if self.last_step < self.course.end_step:
+            return f"stop_at_step {self.last_step} reached"
+        return self.course.end_reason
+
+    def end(self, ending: Ending) -> int:
+        """Save where the ending says so, wait for the save in flight, write down how it ended; the exit code."""
+        if ending.saves:
+            ending = self.save() or ending
+        self.watchdog.beat("end", self.position.step)
+        self._read(self.board.read())
+        code, why = self._finish_save(ending.exit_code, ending.why)
+        self.ended = Ending(code, why, bad_steps=ending.bad_steps if code == ending.exit_code else None)
+        if self.ended.bad_steps is None:
+            self.finish(code, why)
+        self._say(f"{why} at step {self.position.step}" + ("" if self.ended.bad_steps else f" (exit {code})"))
         return code
 
     def _finish_save(self, code: int, why: str) -> tuple[int, str]:
         failed: tuple[int, str] | None = None
         try:
+            while not self.saver.done(timeout_s=1.0):
+                self.watchdog.beat("save", self.position.step)
             self.saver.wait()
         except TakenOver as error:
             failed = guard.TAKEN_OVER, str(error)
@@ -104,96 +297,84 @@ class Attempt:
         failures = [f for f in self.ranks.gather(failed) if f is not None]
         return failures[0] if failures else (code, why)
 
+    # --- words ----------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the ranks agreed on: an exit code, or None to go on."""
+    def note(self, kind: str, text: str, **facts: object) -> None:
+        """Log and journal what was noticed (rank 0)."""
+        if self.journal is not None:
+            log.warning("%s", text)
+            self.journal.event(self.position.step, kind, text, **facts)
 
-    exit_code: int | None = None
-    why: str = ""
+    def _say(self, text: str) -> None:
+        if self.journal is not None:
+            log.info("%s", text)
 
-    @property
-    def saves(self) -> bool:
-        """The attempt ends with a checkpoint of where it is."""
-        return self.exit_code in (guard.STOPPED, guard.INTERRUPTED)
+    def _read(self, reading: Reading | None) -> Reading | None:
+        """Write down what was read, and keep it for `judge`."""
+        if reading is None:
+            return None
+        self.last_read = reading
+        position, local = reading.position, self._local
+        self.meter.step(position.tokens - self.course.tokens(position.step - 1), local["seconds"], local["waited"])
+        if reading.spike is not None:
+            s = reading.spike
+            text = f"step {position.step}: {s.quantity} {s.value:.4g} is {s.sigmas:.1f} sigmas above the steps before"
+            self.note("spike", text, quantity=s.quantity, value=s.value, sigmas=s.sigmas)
+        for rank, share in self.stragglers.add(reading.own_s, local["seconds"]):
+            host = self.ranks.hosts[rank]
+            self.note("slow_rank", f"rank {rank} ({host}) takes {share:.1f} times the median rank's time", rank=rank)
+        self._write(reading)
+        return reading
 
-
-class Board:
-    """What ranks tell each other every step: loss, digest, wishes to stop. Summed beside the next step, then read."""
-
-    LIMB = 2**32  # digests travel as four limbs, which float64 adds up exactly
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.last: tuple[Pending, dict[str, float], Position] | None = None
-        self.digest = int(attempt.position.digest, 16)
-        self.error = ""  # of this rank's last save
-
-    def post(
-        self, a: Attempt, outcome: Outcome, lr: float, stop: StopSignals, seconds: float, waited: float
-    ) -> Verdict:
-        """Post this step, and read the one before."""
-        verdict = self.flush(a)
-        error = a.saver.poll()
-        if error is not None:
-            self.error = str(error)
-            log.warning("%s", error)
-        code = stop.exit_code
-        flags = [
-            float(code == guard.STOPPED),
-            float(code == guard.INTERRUPTED),
-            float(isinstance(error, TakenOver)),
-            float(error is not None and not isinstance(error, TakenOver)),
-        ]
-        limbs = [float(a.digest_share >> (32 * i) & (self.LIMB - 1)) for i in range(4)]
-        values = torch.tensor([outcome.loss, *flags, *limbs], dtype=torch.float64)
-        local = {
-            "lr": lr,
-            "grad_norm": outcome.grad_norm,
-            "applied": float(outcome.applied),
-            "seconds": seconds + waited,
-            "waited": waited,
-        }
-        self.last = (a.ranks.sum_later(values), local, a.position)
-        return verdict
-
-    def flush(self, a: Attempt) -> Verdict:
-        """Read what was posted last: write it down, and what follows from it."""
-        if self.last is None:
-            return Verdict()
-        (pending, local, position), self.last = self.last, None
-        loss, stopped, interrupted, taken_over, failed, *limbs = pending.result().tolist()
-        digest = (int(a.position.digest, 16) + sum(int(v) << (32 * i) for i, v in enumerate(limbs))) % 2**128
-        tokens = position.tokens - a.course.tokens(position.step - 1)
-        a.meter.step(tokens, local["seconds"], local["waited"])
-        self._write(a, position, loss, local, f"{digest:032x}")
-        if taken_over:
-            return Verdict(guard.TAKEN_OVER, self.error or "another attempt has taken over this run")
-        if interrupted:
-            return Verdict(guard.INTERRUPTED, "interrupted and saved")
-        if stopped:
-            return Verdict(guard.STOPPED, "stopped and saved, to be started again")
-        if failed and a.run.checkpoint.on_error == "stop":
-            return Verdict(guard.FAILED, self.error or "a checkpoint could not be saved")
-        return Verdict()
-
-    def _write(self, a: Attempt, position: Position, loss: float, local: dict[str, float], digest: str) -> None:
-        every = a.run.log_every_steps
-        if a.journal is None or (position.step % every and position.step != a.course.end_step and local["applied"]):
+    def _write(self, reading: Reading) -> None:
+        every, position, local = self.run.log_every_steps, reading.position, self._local
+        quiet = position.step % every and position.step != self.last_step and reading.applied
+        if self.journal is None or quiet:
             return
-        left = a.course.tokens(a.course.end_step) - position.tokens
-        speed = a.meter.read(left)
+        speed = self.meter.read(self.course.tokens(self.course.end_step) - position.tokens)
         metrics = {
-            "loss": loss,
+            "loss": reading.loss,
             "lr": local["lr"],
-            "grad_norm": local["grad_norm"],
+            "grad_norm": reading.grad_norm,
             "tokens_per_s": speed.tokens_per_s,
             "data_wait": speed.data_wait,
         } | ({} if speed.mfu is None else {"mfu": speed.mfu})
-        a.journal.step(position.step, position.samples, position.tokens, digest, metrics)
+        self.journal.step(
+            position.step, position.samples, position.tokens, position.digest, metrics, self.ledger.take()
+        )
         mfu = "" if speed.mfu is None else f"  MFU {speed.mfu:.1%}"
-        skipped = "" if local["applied"] else "  SKIPPED: the gradient is not finite"
+        skipped = "" if reading.applied else "  SKIPPED: the gradient is not finite"
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.3f  %s tok/s%s  data wait %.1f%%  ETA %s%s",
-            position.step, a.course.end_step, loss, local["lr"], local["grad_norm"], f"{speed.tokens_per_s:,.0f}", mfu,
-            100 * speed.data_wait, duration(speed.eta_s), skipped,
+            position.step, self.course.end_step, reading.loss, local["lr"], reading.grad_norm,
+            f"{speed.tokens_per_s:,.0f}", mfu, 100 * speed.data_wait, duration(speed.eta_s), skipped,
         )  # fmt: skip
+
+    def _report_skipped(self, batch: Batch, outcome: Outcome) -> None:
+        """Name the documents of a step that was skipped: those of the ranks whose loss was not finite, if any was."""
+        suspect = not torch.isfinite(torch.tensor(outcome.loss)).item()
+        suspects = [rank for rank, is_one in enumerate(self.ranks.gather(suspect)) if is_one]
+        if self.journal is None:
+            return
+        ids = self._documents(batch.step, suspects or list(range(self.ranks.size)))
+        shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+        self.note(
+            "skip", f"step {batch.step + 1} skipped, its gradient is not finite; documents: {shown}",
+            ranks=suspects, first_sample=self.course.steps.start(batch.step),
+            end_sample=self.course.steps.start(batch.step + 1), documents=ids[:MOST_DOCUMENTS],
+        )  # fmt: skip
+
+    def _documents(self, step: int, ranks: list[int]) -> list[str]:
+        """The documents that these ranks were fed in a step. Empty where they cannot be read."""
+        order, steps = self.course.order, self.course.steps
+        numbers = np.arange(steps.start(step), steps.start(step + 1))
+        samples = np.concatenate([cut(numbers, order.lanes, rank, self.ranks.size) for rank in ranks])
+        shards = self.course.corpora.shards(order.pools)  # of its own: others read in threads
+        try:
+            return documents_of(order, shards, np.sort(samples), self.run.data.seq_tokens)
+        except (ShardError, OSError) as error:
+            log.warning("%s", error)
+            return []
+        finally:
+            for each in shards:
+                each.close()

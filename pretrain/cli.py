@@ -132,14 +132,19 @@ def _explain(error: Exception) -> int:
     from data_pipeline.shards import ShardError
     from pretrain.checkpoint import SaveError
     from pretrain.lineage import TakenOver
+    from pretrain.preflight import PreflightError
+    from pretrain.ranks import AbsentRanks
 
     if isinstance(error, click.ClickException):
         error.show()
         return 2
     if isinstance(error, TakenOver):
         return _fail(str(error), 6)
-    if isinstance(error, ShardError | SaveError):
+    if isinstance(error, ShardError | SaveError | PreflightError):
         return _fail(str(error), 1)
+    if isinstance(error, AbsentRanks):
+        print(f"pretrain: {error}", file=sys.stderr)  # rank 0 may be the one that is absent
+        return 1
     import traceback
 
     traceback.print_exc()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from configs import Int, Section
 from data_pipeline.stream import Validation
 from pretrain.engine import Engine
 from pretrain.objectives import Objective
-from pretrain.ranks import Ranks
+from pretrain.ranks import Pending, Ranks
 
 
 class Evaluation(Section):
@@ -22,20 +22,51 @@ class Evaluation(Section):
     tokens: Int = Field(default=1_000_000, gt=0)  # per corpus, at most
 
 
+class Abandoned(Exception):
+    """A rank was asked to stop: the evaluation is left unfinished, on all ranks at the same batch."""
+
+
 def validation_losses(
-    engine: Engine, objective: Objective, corpora: Mapping[str, Validation], ranks: Ranks, rows: int
+    engine: Engine,
+    objective: Objective,
+    corpora: Mapping[str, Validation],
+    ranks: Ranks,
+    rows: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss (nats per token) of each corpus that has validation text, and its exponential, the perplexity."""
+    """Mean loss (nats per token) of each corpus that has validation text, and its exponential, the perplexity.
+
+    `asked_to_stop` is called before each batch; when it is true on any rank, Abandoned is raised on all of them a
+    batch later.
+    """
     engine.module.eval()
+    try:
+        return _losses(engine, objective, corpora, ranks, rows, asked_to_stop)
+    finally:
+        engine.module.train()
+
+
+def _losses(
+    engine: Engine,
+    objective: Objective,
+    corpora: Mapping[str, Validation],
+    ranks: Ranks,
+    rows: int,
+    asked_to_stop: Callable[[], bool],
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
+    asked: Pending | None = None
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
         for tokens, valid in validation.batches(rows, ranks.rank, ranks.size):
+            before, asked = asked, ranks.sum_later(torch.tensor([float(asked_to_stop())]))
+            if before is not None and before.result().item():
+                asked.result()
+                raise Abandoned
             batch = objective.batch(torch.from_numpy(tokens).to(ranks.device), torch.from_numpy(valid).to(ranks.device))
             total += engine.loss(batch).double().cpu()
         if validation.tokens:
             loss = float(ranks.sum(total)) / validation.tokens
             metrics[f"validation/{name}/loss"] = loss
             metrics[f"validation/{name}/perplexity"] = math.exp(min(loss, 700.0))
-    engine.module.train()
     return metrics

@@ -41,9 +41,14 @@ CLASSES: dict[str, FieldClass] = {
     "evaluation": "free",
     "checkpoint": "free",
     "guard": "free",
+    "preflight": "free",
     "track": "free",
     "resume": "free",
+    "fork_from": "free",  # once begun, another one is refused (pretrain.parent.check_same_parent)
+    "fork_position": "free",
+    "init_from": "free",
     "log_every_steps": "free",
+    "stop_at_step": "free",
 }
 
 

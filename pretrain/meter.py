@@ -6,8 +6,11 @@ Pure arithmetic over seconds measured elsewhere with a monotonic clock. Operatio
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
+
+import psutil
 
 # Dense bf16 FLOP/s by a part of the device's name, the longer name first (NVIDIA's data sheets, without sparsity).
 PEAK_FLOPS = {
@@ -66,6 +69,39 @@ class Meter:
         per_token = _ratio(sum(s for _, s in self._recent), sum(t for t, _ in self._recent))
         mfu = None if self._peak is None else rate * self._flops_per_token / self._peak
         return Speed(tokens_per_s=rate, mfu=mfu, data_wait=data_wait, eta_s=per_token * tokens_left)
+
+
+class Startup:
+    """What the seconds from the start of this process went into, until its first step."""
+
+    def __init__(self) -> None:
+        self.began = psutil.Process().create_time()  # seconds since the epoch
+        self.seconds = {"imports": max(0.0, round(time.time() - self.began, 3))}
+        self._at = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """What was done since the last mark is over."""
+        now = time.perf_counter()
+        self.seconds[part], self._at = round(now - self._at, 3), now
+
+    def restart(self) -> None:
+        """The process begins again by itself, after a rollback."""
+        self.began, self.seconds, self._at = time.time(), {}, time.perf_counter()
+
+
+class Ledger:
+    """What the seconds of one rank went into, by kind."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+
+    def add(self, kind: str, seconds: float) -> None:
+        self._spent[kind] = self._spent.get(kind, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """What was added since the last call."""
+        spent, self._spent = self._spent, {}
+        return spent
 
 
 def duration(seconds: float) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,11 +15,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from configs import ConfigError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
+RENDEZVOUS_TIMEOUT_S = 600.0
+COLLECTIVE_TIMEOUT_S = 3600.0  # the watchdog comes first
+
+
+class AbsentRanks(Exception):
+    """Not every rank came to the rendezvous. The message is one line; `absent` are their numbers and hosts."""
+
+    def __init__(self, message: str, absent: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.absent = absent
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,30 @@ class Place:
         return Place(0, 1, 0, None, "alone")
 
 
+def slurm_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The host of every rank of a SLURM step: n[1-2] with 2(x2) tasks per node -> n1 n1 n2 n2. Empty elsewhere."""
+    nodes = expand(environment.get("SLURM_STEP_NODELIST", ""))
+    counts = []
+    for part in filter(None, environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return []
+        counts += [int(match[1])] * int(match[2] or 1)
+    return [node for node, count in zip(nodes, counts, strict=False) for _ in range(count)]
+
+
+def expand(nodelist: str) -> list[str]:
+    """The hosts of a SLURM node list: n[03-05,9],m1 -> n03 n04 n05 n9 m1."""
+    hosts = []
+    for prefix, ranges in re.findall(r"([^,\[]+)(?:\[([\d,-]+)\])?", nodelist):
+        if not ranges:
+            hosts.append(prefix)
+        for part in filter(None, ranges.split(",")):
+            low, _, high = part.partition("-")
+            hosts += [f"{prefix}{n:0{len(low)}d}" for n in range(int(low), int(high or low) + 1)]
+    return hosts
+
+
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: n[03-07,9],m1 -> n03. Raises ConfigError on an empty one."""
     match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodelist)
@@ -59,25 +96,40 @@ def first_host(nodelist: str) -> str:
 class Ranks:
     """The ranks of this attempt, connected. Collectives here run on the CPU, beside the engine's own."""
 
-    def __init__(self, place: Place) -> None:
-        self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
+    def __init__(
+        self,
+        place: Place,
+        rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S,
+        collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    ) -> None:
+        """Wait for every rank. Raises AbsentRanks."""
+        self.rank, self.size, self.local_rank, self.place = place.rank, place.size, place.local_rank, place
         self.device = _device(place.local_rank)
         for key, value in (("RANK", place.rank), ("WORLD_SIZE", place.size), ("LOCAL_RANK", place.local_rank)):
             os.environ[key] = str(value)  # DeepSpeed reads them, and looks for MPI where they are missing
+        address = place.address or "127.0.0.1:29500"
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address.rsplit(":", 1)
+        self.hosts = [socket.gethostname()]  # by rank
+        store: Store = HashStore()
+        if place.address is not None:
+            store, self.hosts = _meet(place, rendezvous_timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if place.address is None:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-        else:
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address.rsplit(":", 1)
-            dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=TIMEOUT)
-        self.cpu = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+        timeout = timedelta(seconds=collective_timeout_s)
+        dist.init_process_group(
+            backend, store=PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=timeout
+        )
+        self.cpu = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
 
     @staticmethod
-    def join() -> Ranks:
-        """Join the other ranks of this process's environment."""
-        return Ranks(Place.read(os.environ))
+    def join(
+        rendezvous_timeout_s: float = RENDEZVOUS_TIMEOUT_S, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S
+    ) -> Ranks:
+        """Join the other ranks of this process's environment. Raises AbsentRanks."""
+        return Ranks(Place.read(os.environ), rendezvous_timeout_s, collective_timeout_s)
+
+    def another_store(self, timeout: timedelta) -> Store | None:
+        """A connection of its own to the store of the rendezvous, for a thread; None for a single rank."""
+        return None if self.place.address is None else _connect(self.place, timeout, serves=False)
 
     def __enter__(self) -> Ranks:
         return self
@@ -143,3 +195,54 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _meet(place: Place, timeout_s: float) -> tuple[Store, list[str]]:
+    """Wait for every rank; the store through which they found each other, and the host of each."""
+    try:
+        store = _connect(place, timedelta(seconds=timeout_s), serves=place.rank == 0)
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError) as error:
+        if place.rank == 0:
+            raise
+        where = f"rank 0 did not answer at {place.address} within {timeout_s:.0f} s"
+        raise AbsentRanks(f"rendezvous: {where}: is it running there?", _expected([0])) from error
+    store.set(f"here/{place.rank}", socket.gethostname())
+    if place.rank == 0:
+        absent = _await_ranks(store, place.size, timeout_s)
+        hosts = [] if absent else [store.get(f"here/{rank}").decode() for rank in range(place.size)]
+        store.set("met", json.dumps({"absent": absent, "hosts": hosts}))
+    store.wait(["met"], timedelta(seconds=timeout_s + 60))
+    met = json.loads(store.get("met"))
+    if met["absent"]:
+        names = _expected(met["absent"])
+        shown = ", ".join(f"{rank} ({host})" if host else str(rank) for rank, host in names.items())
+        if place.rank == 0:
+            time.sleep(1.0)  # the store goes with this process: let the others read it
+        raise AbsentRanks(f"rendezvous: after {timeout_s:.0f} s rank(s) {shown} of {place.size} were absent", names)
+    return store, met["hosts"]
+
+
+def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
+    """The store at the address of rank 0, which serves it unless torchrun does. Keys of older restarts are apart."""
+    assert place.address is not None
+    host, port = place.address.rsplit(":", 1)
+    serves = serves and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = TCPStore(host, int(port), None, serves, timeout, wait_for_workers=False)
+    return PrefixStore(f"longhaul/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_ranks(store: Store, size: int, timeout_s: float) -> list[int]:
+    """The ranks that have not come in time."""
+    deadline = time.monotonic() + timeout_s
+    absent = list(range(size))
+    while absent := [rank for rank in absent if not store.check([f"here/{rank}"])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return absent
+
+
+def _expected(ranks: list[int]) -> dict[int, str]:
+    """The hosts on which SLURM has started these ranks; empty names elsewhere."""
+    hosts = slurm_hosts(os.environ)
+    return {rank: hosts[rank] if rank < len(hosts) else "" for rank in ranks}

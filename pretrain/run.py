@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 import configs
 from configs import ConfigError, Int, Section
@@ -18,8 +19,16 @@ from pretrain.guard import Guard
 from pretrain.models import Model
 from pretrain.objectives import NextToken, Objective
 from pretrain.optim import Optim
+from pretrain.preflight import Preflight
 from pretrain.schedule import Schedule
 from pretrain.track import Track
+
+
+def _absolute(name: str) -> str:
+    """RUN@step or a path with its folder made absolute; other addresses as they are."""
+    if not name.strip():
+        raise ValueError("expected RUN@step, models:/NAME@alias or a folder, got an empty name")
+    return name if re.match(r"\w+:/", name) else str(Path(name).absolute())
 
 
 class TrainRun(Section):
@@ -40,9 +49,14 @@ class TrainRun(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     guard: Guard = Guard()
+    preflight: Preflight = Preflight()
     track: tuple[Track, ...] = ()
     resume: str = "auto"  # auto, never, must, or the path of a checkpoint
+    fork_from: Annotated[str, AfterValidator(_absolute)] | None = None  # RUN@step: a new run with its training state
+    fork_position: Literal["fresh", "parent"] = "fresh"  # from 0 of its own order, or on with the parent's
+    init_from: Annotated[str, AfterValidator(_absolute)] | None = None  # RUN@step, models:/NAME@alias, or a folder
     log_every_steps: Int = Field(default=10, gt=0)
+    stop_at_step: Int | None = Field(default=None, gt=0)  # end early; without it the run goes on
 
     @model_validator(mode="after")
     def _fits(self) -> TrainRun:
@@ -54,6 +68,10 @@ class TrainRun(Section):
             raise ValueError(
                 f"data.seq_tokens: {self.data.seq_tokens} is longer than model.context {self.model.context}"
             )
+        if self.fork_from and self.init_from:
+            raise ValueError("fork_from and init_from: give one of them")
+        if self.fork_position == "parent" and not self.fork_from:
+            raise ValueError("fork_position: parent needs fork_from: RUN@step")
         return self
 
     @property
@@ -68,9 +86,13 @@ class TrainRun(Section):
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:
-    """The run of a config file or of a run folder, its paths absolute. Raises ConfigError."""
+    """The run of a config file or of a run folder, its paths absolute; a run folder may have been moved.
+
+    Raises ConfigError.
+    """
     source = path / "run.yaml" if path.is_dir() else path
     if path.is_dir() and not source.is_file():
         raise ConfigError(f"{path}: no run.yaml: not a run folder")
     run = configs.load(TrainRun, source, overrides or [])
-    return configs.build(TrainRun, configs.absolute(run.model_dump()), str(source))
+    tree = run.model_dump() | ({"run_folder": path} if path.is_dir() else {})
+    return configs.build(TrainRun, configs.absolute(tree), str(source))

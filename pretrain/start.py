@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,20 +14,31 @@ import torch
 import configs
 from configs import ConfigError
 from data_pipeline.shards import write_durably
-from data_pipeline.stream import Corpora, Stream, Validation
+from data_pipeline.stream import Stream, Validation
 from pretrain import checkpoint
 from pretrain.attempt import Attempt
 from pretrain.checkpoint import Committed, Damaged, Position, Saver
 from pretrain.engine import Engine
 from pretrain.fields import check_same_run
+from pretrain.guard import StopSignals
 from pretrain.lineage import Lineage
-from pretrain.meter import Meter, peak_flops
-from pretrain.models.weights import initialize
+from pretrain.meter import Meter, Startup, peak_flops
+from pretrain.parent import (
+    ORIGIN,
+    Parent,
+    check_same_parent,
+    find_parent,
+    first_records,
+    give_first_values,
+    load_fork,
+)  # fmt: skip
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
-from pretrain.segments import Course, SegmentRecord, Segments, first_segment, plan_course
-from pretrain.track import Journal, Trackers, start_trackers
-from pretrain.track.journal import read_journal
+from pretrain.segments import Course, SegmentRecord, Segments, plan_course
+from pretrain.suspects import ATTEMPT
+from pretrain.track import Journal, start_trackers
+from pretrain.track.journal import lineage, live_records, read_journal
+from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
 
@@ -42,6 +52,12 @@ class Start:
     damaged: list[str]
     fresh: bool  # no attempt has ever taken a branch
     why: str = "start"
+    parent: Parent | None = None  # what a new run begins from, until it has a checkpoint of its own
+
+    @property
+    def origin(self) -> Position:
+        """Where the run begins."""
+        return self.parent.position if self.parent else ORIGIN
 
 
 def examine(run: TrainRun) -> Start:
@@ -53,35 +69,60 @@ def examine(run: TrainRun) -> Start:
     if run.resume not in ("auto", "never") and not begun:
         raise ConfigError(f"resume: {run.resume}, but {folder} holds no run")
     if not begun:
-        record = first_segment(run, Corpora(run.data))
-        plan_course(run, [record])
-        return Start([record], [], [], fresh=True)
+        parent = find_parent(run)
+        records = first_records(run, parent)
+        plan_course(run, records)
+        return Start(records, [], [], fresh=True, why=parent.why if parent else "start", parent=parent)
     recorded = load_run(folder)
     check_same_run(recorded.model_dump(mode="json"), run.model_dump(mode="json"), str(folder))
+    check_same_parent(recorded, run)
     records = Segments(folder).read()
     plan_course(run, records)
     candidates, damaged = _candidates(run)
     if not candidates and (damaged or checkpoint.all_checkpoints(folder) or _has_steps(folder)):
         more = f"; {damaged[0]}" if damaged else ""
         raise ConfigError(f"{folder}: no checkpoint of the live lineage verifies, and steps were trained{more}")
-    return Start(records, candidates, damaged, fresh=False, why=_why(run) if candidates else "start")
+    if candidates:
+        return Start(records, candidates, damaged, fresh=False, why=_why(run))
+    parent = find_parent(recorded)
+    return Start(records, [], [], fresh=False, why=parent.why if parent else "start", parent=parent)
 
 
-@contextmanager
-def begin(run: TrainRun, ranks: Ranks) -> Iterator[Attempt]:
-    """Begin an attempt: its course, its engine, its checkpoint, its branch; and end it."""
+def begin(
+    run: TrainRun,
+    ranks: Ranks,
+    stop: StopSignals,
+    watchdog: Watchdog,
+    startup: Startup,
+    before: Attempt | None = None,
+) -> Attempt:
+    """Begin an attempt: its course, engine, checkpoint, branch. `before`: the one that a rollback has just ended."""
     _set_up_logging(ranks)
+    watchdog.beat("start", 0)
     start: Start = ranks.first(lambda: _open_run(run))
     course = plan_course(run, start.records)
-    model = run.model.build()
-    initialize(model, run.seed)
-    engine = run.engine.build(model, run.optim, ranks)
+    if before is None:
+        model = run.model.build()
+        give_first_values(model, run, start.parent)
+        engine: Engine = run.engine.build(model, run.optim, ranks)
+    else:
+        startup.restart()
+        engine = before.engine
+    startup.mark("build")
     chosen = _load_newest(start, engine, ranks)
-    position = chosen.position if chosen else Position(0, 0, 0, "0" * 32)
+    if start.parent is not None and start.parent.kind == "fork":
+        load_fork(engine, start.parent, ranks)
+    position = chosen.position if chosen else start.origin
     if ranks.first(lambda: position.samples != course.steps.start(position.step)):
         raise ConfigError(f"{run.run_folder}: step {position.step} is at sample {position.samples} in its checkpoint")
     branch = ranks.first(lambda: _take_branch(run, chosen, start))
-    facts = {"identity": run.identity(), "order": course.order.identity, "segments": len(start.records)}
+    startup.mark("load")
+    facts = {
+        "identity": run.identity(),
+        "order": course.order.identity,
+        "segments": len(start.records),
+        "tokenizer": course.corpora.tokenizer_sha256,
+    }
     stream = Stream(
         course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
         run.micro_batch_seqs, ranks.rank, ranks.size,
@@ -90,28 +131,49 @@ def begin(run: TrainRun, ranks: Ranks) -> Iterator[Attempt]:
         name: Validation(course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens)
         for name, count in course.record.generations.items()
     }
-    journal, trackers = _journal(run, ranks, course, chosen, branch, start) if ranks.rank == 0 else (None, None)
-    saver = Saver(
-        run.run_folder, run.checkpoint, branch, ranks.rank, ranks.size, facts,
-        on_commit=lambda committed, seconds: _on_commit(journal, committed, seconds),
-        on_removed=lambda folder: _on_removed(journal, folder),
-    )  # fmt: skip
+    past = ranks.first(lambda: _past(run, position.step))
+    journal = _journal(run, ranks, course, chosen, branch, start, startup) if ranks.rank == 0 else None
+    trackers = before.trackers if before is not None else None
+    if before is not None and before.journal is not None:
+        before.journal.close()
+    if trackers is None and journal is not None:
+        trackers = start_trackers(run.track, run.run_folder)
     peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
-    meter = Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size)
-    attempt = Attempt(run, ranks, course, engine, stream, validation, saver, journal, trackers, position, meter)
+    attempt = Attempt(
+        run, ranks, stop, watchdog, course, engine, stream, validation,
+        Saver(run.run_folder, run.checkpoint, branch, ranks.rank, ranks.size, facts), journal, trackers, position,
+        Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size),
+        past.evaluated, chosen.manifest.get("state", {}).get("guard", {}) if chosen else {}, past.save_s,
+    )  # fmt: skip
+    attempt.saver.on_commit = attempt.committed
+    attempt.saver.on_removed = lambda folder: _on_removed(journal, folder)
+    if journal is not None:
+        watchdog.on_hang = attempt.hung
     if chosen is None:
         attempt.save()
         attempt.saver.wait()
     else:
-        saver.last_step = position.step
+        attempt.saver.last_step = position.step
     ranks.barrier()
-    try:
-        yield attempt
-    finally:
-        if journal is not None:
-            journal.close()
-        if trackers is not None:
-            trackers.close()
+    return attempt
+
+
+@dataclass(frozen=True)
+class Past:
+    """What older attempts left in the journal that matters to a new one."""
+
+    evaluated: bool  # this step has been
+    save_s: float | None  # what the last save took
+
+
+def _past(run: TrainRun, step: int) -> Past:
+    evaluated, save_s = False, None
+    for record in live_records(read_journal(run.run_folder), lineage(run.run_folder)):
+        if record.type == "evaluation" and record.step == step:
+            evaluated = True
+        elif record.type == "checkpoint" and record.fields.get("seconds"):
+            save_s = float(record.fields["seconds"])
+    return Past(evaluated, save_s)
 
 
 def _open_run(run: TrainRun) -> Start:
@@ -121,7 +183,8 @@ def _open_run(run: TrainRun) -> Start:
         run.run_folder.mkdir(parents=True, exist_ok=True)
         Segments(run.run_folder).clear()
         write_durably(run.run_folder / "run.yaml", configs.dump(run).encode())
-        Segments(run.run_folder).write(start.records[0])
+        for record in start.records:
+            Segments(run.run_folder).write(record)
     return start
 
 
@@ -184,12 +247,12 @@ def _load_newest(start: Start, engine: Engine, ranks: Ranks) -> Committed | None
             newest = committed.position.step if newest is None else newest
             state = engine.state()
             checkpoint.load(committed, state)
-            engine.loaded(state)
         except Damaged as error:
             problem = str(error)
         problems = [p for p in ranks.gather(problem) if p is not None]
         if not problems:
             assert committed is not None and newest is not None
+            engine.loaded(state)  # may be collective: only where every rank has loaded
             lost = f" ({newest - committed.position.step} steps lost)" if newest != committed.position.step else ""
             _warn(ranks, f"going on from {committed.folder.name}{lost}", logging.INFO)
             return committed
@@ -214,7 +277,8 @@ def _open_patiently(folder: Path, manifest_hash: str, patience_s: float = 30.0) 
 def _take_branch(run: TrainRun, chosen: Committed | None, start: Start) -> int:
     lineage = Lineage(run.run_folder)
     if chosen is None:
-        branch = lineage.take(None, 0, None, start.why).branch
+        origin = start.parent.record if start.parent else None
+        branch = lineage.take(None, start.origin.step, None, start.why, origin).branch
     else:
         branch = lineage.take(chosen.branch, chosen.position.step, chosen.manifest_hash, start.why).branch
     checkpoint.sweep(run.run_folder)
@@ -222,31 +286,33 @@ def _take_branch(run: TrainRun, chosen: Committed | None, start: Start) -> int:
 
 
 def _journal(
-    run: TrainRun, ranks: Ranks, course: Course, chosen: Committed | None, branch: int, start: Start
-) -> tuple[Journal, Trackers]:
+    run: TrainRun,
+    ranks: Ranks,
+    course: Course,
+    chosen: Committed | None,
+    branch: int,
+    start: Start,
+    startup: Startup,
+) -> Journal:
     journal = Journal(run.run_folder, branch)
     datasets = [
         {"name": name, "source": str(m.folder), "digest": course.record.identities[name][-1]}
         for name, m in course.corpora.manifests.items()
     ]
     journal.attempt(
-        chosen.branch if chosen else None, chosen.position.step if chosen else 0, start.why,
+        chosen.branch if chosen else None, chosen.position.step if chosen else start.origin.step, start.why,
         config=run.model_dump(mode="json"), datasets=datasets, host=socket.gethostname(), world_size=ranks.size,
         device=str(ranks.device), torch=torch.__version__, parameters=run.model.parameter_count(),
+        began=startup.began, attempt=int(os.environ[ATTEMPT]) if ATTEMPT in os.environ else None,
+        seconds=dict(startup.seconds), end_step=course.end_step,
+        **({"parent_checkpoint": str(start.parent.folder), "parent_hash": start.parent.hash} if start.parent else {}),
     )  # fmt: skip
     log.info(
         "%s: %s parameters, %d ranks on %s, steps %d to %d, open blocks up to %d MiB per rank",
         run.name, f"{run.model.parameter_count():,}", ranks.size, ranks.device.type,
-        chosen.position.step if chosen else 0, course.end_step, run.data.open_blocks_mib,
+        chosen.position.step if chosen else start.origin.step, course.end_step, run.data.open_blocks_mib,
     )  # fmt: skip
-    return journal, start_trackers(run.track, run.run_folder)
-
-
-def _on_commit(journal: Journal | None, committed: Committed, seconds: float) -> None:
-    if journal is not None:
-        journal.checkpoint(committed.position.step, "ready", str(committed.folder), committed.manifest_hash, seconds)
-        journal.sync()
-        log.info("checkpoint %s", committed.folder.name)
+    return journal
 
 
 def _on_removed(journal: Journal | None, folder: Path) -> None:

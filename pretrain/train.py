@@ -2,45 +2,78 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from data_pipeline.stream import timed
 from pretrain import guard
-from pretrain.attempt import Attempt
+from pretrain.attempt import Attempt, Ending
 from pretrain.engine import Outcome
-from pretrain.guard import SkippedSteps, StopSignals
-from pretrain.ranks import Ranks
+from pretrain.guard import StopSignals
+from pretrain.memory import explain_out_of_memory, is_out_of_memory
+from pretrain.meter import Startup
+from pretrain.ranks import AbsentRanks, Ranks
+from pretrain.rollback import roll_back
 from pretrain.run import TrainRun
 from pretrain.start import begin
+from pretrain.suspects import accuse
+from pretrain.watchdog import Watchdog
+
+log = logging.getLogger("pretrain")
 
 
 def train(run: TrainRun, stop: StopSignals) -> int:
     """Train until the run's tokens are consumed or something ends the attempt; the exit code (see `guard`)."""
-    with Ranks.join() as ranks, begin(run, ranks) as attempt:
-        return _loop(attempt, stop)
+    startup = Startup()
+    try:
+        ranks = Ranks.join(run.guard.rendezvous_timeout_s, 2 * run.guard.hang_timeout_s + 60)
+    except AbsentRanks as error:
+        for rank, host in error.absent.items():
+            accuse(run.run_folder, rank, host, "absent at the rendezvous")
+        raise
+    startup.mark("rendezvous")
+    watchdog = Watchdog(ranks, run.run_folder, run.guard.hang_timeout_s)
+    attempt: Attempt | None = None
+    try:
+        run.preflight.check(ranks, run.run_folder)
+        startup.mark("preflight")
+        attempt = begin(run, ranks, stop, watchdog, startup)
+        while (code := _loop(attempt)) and roll_back(attempt):
+            attempt = begin(run, ranks, stop, watchdog, startup, attempt)
+        return code
+    except Exception as error:
+        code = guard.OUT_OF_MEMORY if is_out_of_memory(error) else guard.FAILED
+        if attempt is not None:
+            attempt.failed(code, error)
+        if code == guard.FAILED:
+            raise
+        log.error("%s", explain_out_of_memory(run, ranks.size, watchdog.where, ranks.device))
+        return code
+    finally:
+        if attempt is not None:
+            attempt.close()
 
 
-def _loop(a: Attempt, stop: StopSignals) -> int:
-    settings, skipped = a.run, SkippedSteps(a.run.guard)
-    if a.position.step == 0:
+def _loop(a: Attempt) -> int:
+    settings = a.run
+    if a.position.step in (0, a.last_step) and not a.evaluated:
         a.evaluate()
-    for batch, waited in timed(a.stream.batches(a.position.step, a.course.end_step)):
+    for batch, waited in timed(a.stream.batches(a.position.step, a.last_step)):
         begun = time.perf_counter()
         now = a.course.at(batch.step)
         count = int(a.course.tokens(batch.step + 1) - a.course.tokens(batch.step))
         rates = now.optim.rates(now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens))
         outcome = a.engine.step(a.feed(batch), count, rates) if count else Outcome(0.0, 0.0, applied=True)
         a.advance(batch)
-        verdict = a.board.post(a, outcome, rates.lr, stop, time.perf_counter() - begun, waited)
-        last = a.position.step == a.course.end_step
-        if skipped.gives_up(outcome.applied):
-            return a.end(guard.GAVE_UP, f"{skipped.in_a_row} steps in a row had a gradient that is not finite")
-        if verdict.exit_code is not None and not (last and verdict.saves):
-            if verdict.saves:
-                a.save()
-            return a.end(verdict.exit_code, verdict.why)
-        if a.position.step % settings.evaluation.every_steps == 0 or last:
+        a.post(outcome, rates.lr, time.perf_counter() - begun, waited)
+        last = a.position.step == a.last_step
+        ending = a.judge(batch, outcome)
+        if ending is None and a.due(settings.guard.check_weights_every_steps):
+            ending = a.check_weights()
+        if ending is None and (last or a.due(settings.checkpoint.save_every_steps)):
+            ending = a.save()
+        if ending is not None and not (last and ending.saves):
+            return a.end(ending)
+        if last or a.due(settings.evaluation.every_steps):
             a.evaluate()
-        if a.position.step % settings.checkpoint.save_every_steps == 0 or last:
-            a.save()
-    return a.end(guard.DONE, a.course.end_reason)
+    return a.end(Ending(guard.DONE, a.end_reason))

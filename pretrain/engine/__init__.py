@@ -28,6 +28,7 @@ class Engine(Protocol):
     """What the loop and the checkpoints ask of an engine."""
 
     module: nn.Module
+    replicated: bool  # every rank holds all weights that compute
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks."""

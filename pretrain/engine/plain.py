@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs import Bool, Section
-from pretrain.engine.state import Fragment, Outcome, State, optimizer_state, share
+from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -35,8 +35,11 @@ class Torch(Section):
 class PlainEngine:
     """Masters in one flat fp32 buffer, gradients in another; the model's parameters are views or bf16 copies."""
 
+    replicated = True
+
     def __init__(self, settings: Torch, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
         self.module, self.optim, self.ranks = model.to(ranks.device), optim, ranks
+        self.timer = ForwardTimer(ranks.device)
         named = dict(model.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.parameters = list(named.values())
@@ -63,7 +66,8 @@ class PlainEngine:
         self.gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
         for batch in batches:
-            loss = self.forward(*batch) / count
+            with self.timer.forward():
+                loss = self.forward(*batch) / count
             loss.backward()
             total += loss.detach()
             if self.reduced:
@@ -72,13 +76,13 @@ class PlainEngine:
             dist.all_reduce(self.gradient)
         norm = float(torch.linalg.vector_norm(self.gradient))
         if not math.isfinite(norm):
-            return Outcome(float(total), norm, applied=False)
+            return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
         if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
             self.gradient.mul_(self.optim.clip_norm / (norm + 1e-6))
         set_rates(self.optimizer.param_groups, rates)
         self.optimizer.step()
         self._refresh()
-        return Outcome(float(total), norm, applied=True)
+        return Outcome(float(total), norm, applied=True, forward_s=self.timer.take())
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:

@@ -6,7 +6,11 @@ or number of ranks can load what any other wrote, because both speak of (paramet
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +25,35 @@ class Outcome:
     loss: float  # this rank's share of the step's mean loss: the sum over ranks is the mean
     grad_norm: float  # of the whole gradient, before clipping
     applied: bool  # False: the gradient was not finite, and the weights are as before
+    forward_s: float = 0.0  # of this rank's forward passes, in which it waits for no other
+
+
+class ForwardTimer:
+    """Adds up the seconds of a step's forward passes; on a GPU by events, read when the step has ended there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        begun = self._now()
+        yield
+        self._spans.append((begun, self._now()))
+
+    def take(self) -> float:
+        """The seconds since the last call. On a GPU the device must have come past them."""
+        spans, self._spans = self._spans, []
+        if self._on_gpu:
+            return sum(float(begin.elapsed_time(end)) for begin, end in spans) / 1000
+        return float(sum(end - begin for begin, end in spans))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs import Bool, ConfigError, Int, Section
-from pretrain.engine.state import Fragment, Outcome, State, optimizer_state, share
+from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -74,6 +74,8 @@ class ZeroEngine:
     def __init__(self, settings: DeepSpeed, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
         deepspeed = _import()
         self.settings, self.optim, self.ranks = settings, optim, ranks
+        self.replicated = settings.zero_stage < 3
+        self.timer = ForwardTimer(ranks.device)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model = model.to(ranks.device)
         groups = [{key: g[key] for key in ("params", "decays", "weight_decay")} for g in optim.groups(model)]
@@ -93,18 +95,20 @@ class ZeroEngine:
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            loss = self.engine(*batch)
+            with self.timer.forward():
+                loss = self.engine(*batch)
             self.engine.backward(loss * (self.ranks.size / count))
             total += loss.detach().float() / count
         norm = self._norm_without_zero() if self.settings.zero_stage == 0 else None
         if norm is not None and not math.isfinite(norm):
             self.engine.zero_grad()
-            return Outcome(float(total), norm, applied=False)
+            return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
         skipped = self.engine.skipped_steps
         self.engine.step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
-        return Outcome(float(total), norm, applied=self.engine.skipped_steps == skipped and math.isfinite(norm))
+        applied = self.engine.skipped_steps == skipped and math.isfinite(norm)
+        return Outcome(float(total), norm, applied, self.timer.take())
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:

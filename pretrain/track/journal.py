@@ -47,16 +47,30 @@ class Journal:
         """
         self._append("attempt", step, {"parent": parent, "why": mask_text(why), **mask(facts)})
 
-    def step(self, step: int, samples: int, tokens: int, digest: str | None, metrics: Mapping[str, float]) -> None:
-        """Totals after `step` and its metrics; `digest` (hex) only every so many steps."""
+    def step(
+        self,
+        step: int,
+        samples: int,
+        tokens: int,
+        digest: str | None,
+        metrics: Mapping[str, float],
+        spent: Mapping[str, float] | None = None,
+    ) -> None:
+        """Totals after `step` and its metrics; `digest` (hex) only every so many steps.
+
+        `spent`: what rank 0's seconds since the step record before went into (train, data, evaluate, save).
+        """
         record: dict[str, Any] = {"samples": samples, "tokens": tokens}
         if digest is not None:
             record["digest"] = digest
+        if spent is not None:
+            record["spent"] = {kind: round(seconds, 4) for kind, seconds in spent.items()}
         self._append("step", step, {**record, "metrics": _plain(metrics)})
 
-    def evaluation(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Metrics such as `validation/wikipedia/loss`, of the weights after `step`."""
-        self._append("evaluation", step, {"tokens": tokens, "metrics": _plain(metrics)})
+    def evaluation(self, step: int, tokens: int, metrics: Mapping[str, float], seconds: float | None = None) -> None:
+        """Metrics such as `validation/wikipedia/loss`, of the weights after `step`, and how long they took."""
+        fields = {"tokens": tokens, "metrics": _plain(metrics)}
+        self._append("evaluation", step, fields | ({} if seconds is None else {"seconds": round(seconds, 3)}))
 
     def checkpoint(
         self, step: int, status: CheckpointStatus, path: str, manifest_hash: str | None, seconds: float | None = None
@@ -67,6 +81,10 @@ class Journal:
         """
         record = {"status": status, "path": path, "manifest_hash": manifest_hash}
         self._append("checkpoint", step, record | ({} if seconds is None else {"seconds": round(seconds, 3)}))
+
+    def event(self, step: int, kind: str, text: str, **facts: object) -> None:
+        """Something that the guard or the watchdog noticed: its kind (skip, spike, ...), one line, and its facts."""
+        self._append("event", step, {"kind": kind, "text": mask_text(text), **mask(facts)})
 
     def end(self, step: int, exit_code: int, why: str) -> None:
         """The attempt ends in good order, with one of the contract's exit codes."""

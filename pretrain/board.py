@@ -1,0 +1,106 @@
+"""What the ranks of an attempt tell each other every step, and what they decide from it, all alike.
+
+One sum over a small CPU tensor runs beside the next step and is read when that one is done, so no GPU waits for it.
+Decisions follow from the sums alone, never from what one rank knows, so every rank decides the same at the same step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pretrain import guard
+from pretrain.checkpoint import Position
+from pretrain.guard import Spike, Spikes
+from pretrain.ranks import Pending, Ranks
+
+log = logging.getLogger("pretrain")
+
+LIMB = 2**32  # digests travel as four limbs, which float64 adds up exactly
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What one rank posts after a step."""
+
+    loss: float  # its share of the step's mean loss
+    grad_norm: float
+    applied: bool
+    digest_share: int
+    own_s: float  # seconds of its own work, without the wait for others
+    exit_code: int | None = None  # what its signals and its clock ask for
+    out_of_time: bool = False  # a save would not end in the time that is left
+    taken_over: bool = False
+    save_failed: bool = False
+
+    def tensor(self, rank: int, ranks: int) -> torch.Tensor:
+        """float64: loss, norm, flags, digest in limbs, then a place for each rank's own seconds."""
+        flags = (
+            self.exit_code == guard.STOPPED,
+            self.exit_code == guard.INTERRUPTED,
+            self.out_of_time,
+            self.taken_over,
+            self.save_failed,
+        )
+        limbs = [self.digest_share >> (32 * i) & (LIMB - 1) for i in range(4)]
+        own = [self.own_s if r == rank else 0.0 for r in range(ranks)]
+        values = [self.loss, self.grad_norm / ranks, *map(float, flags), *map(float, limbs), *own]
+        return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all ranks posted after a step, added up."""
+
+    position: Position  # after the step; the digest is that of all samples fed
+    loss: float
+    grad_norm: float
+    applied: bool
+    own_s: tuple[float, ...]  # by rank
+    exit_code: int | None
+    out_of_time: bool
+    spike: Spike | None
+
+
+class Board:
+    """Posts a step, and reads the one before."""
+
+    def __init__(self, ranks: Ranks, start: Position, spikes: Spikes) -> None:
+        self.ranks, self.start, self.spikes = ranks, start, spikes
+        self._posted: tuple[Pending, bool, Position] | None = None
+
+    def post(self, notice: Notice, position: Position) -> Reading | None:
+        """Post the step that led to `position`; what was read of the one before."""
+        reading = self.read()
+        pending = self.ranks.sum_later(notice.tensor(self.ranks.rank, self.ranks.size))
+        self._posted = (pending, notice.applied, position)
+        return reading
+
+    def read(self) -> Reading | None:
+        """What was posted last; None where that has been read."""
+        if self._posted is None:
+            return None
+        (pending, applied, position), self._posted = self._posted, None
+        loss, grad_norm, *rest = pending.result().tolist()
+        stopped, interrupted, out_of_time, taken_over, save_failed = map(bool, rest[:5])
+        position = Position(position.step, position.samples, position.tokens, self._digest(rest[5:9]))
+        spike = self.spikes.add(loss, grad_norm) if applied else None
+        code = _worst(taken_over, save_failed, interrupted, stopped)
+        return Reading(position, loss, grad_norm, applied, tuple(rest[9:]), code, out_of_time, spike)
+
+    def _digest(self, limbs: Sequence[float]) -> str:
+        share = sum(int(limb) << (32 * i) for i, limb in enumerate(limbs))
+        return f"{(int(self.start.digest, 16) + share) % 2**128:032x}"
+
+
+def _worst(taken_over: bool, save_failed: bool, interrupted: bool, stopped: bool) -> int | None:
+    found = [
+        (taken_over, guard.TAKEN_OVER),
+        (save_failed, guard.FAILED),
+        (interrupted, guard.INTERRUPTED),
+        (stopped, guard.STOPPED),
+    ]
+    return next((code for is_so, code in found if is_so), None)
