@@ -7,22 +7,25 @@ started again cannot bring back anything old.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import configs
 from configs import Section
 from pretrain.guard import FAILED, HUNG, STOPPED
 
-if TYPE_CHECKING:
-    pass
-
 RESTARTED = {FAILED: "failed", STOPPED: "stopped and saved", HUNG: "hung"}  # exit codes after which a job starts again
 JOBS = "jobs"  # in a submission's folder: the ids of its jobs on SLURM, a line each, chained ones too
+CODE = "code"  # in a submission's folder: the four packages as they were, which its ranks run
+PACKAGES = ("configs", "data_pipeline", "pretrain", "launch")
 ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its logs/attempt-<n>
+
+
+class LaunchError(Exception):
+    """A run could not be reached. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,17 @@ class Job:
         """Where attempts write: logs/attempt-<n>/rank-<r>.log."""
         return self.run_folder / "logs"
 
+    @property
+    def number(self) -> int:
+        """The n of RUN/submissions/<n>."""
+        return int(self.folder.name)
+
     def write(self, launcher: Section) -> None:
         """Create the submission's folder with its two configs. Raises OSError."""
         self.folder.mkdir(parents=True)
-        (self.folder / "run.yaml").write_text(self.run_yaml)
+        config = self.folder / "run.yaml"
+        config.touch(mode=0o600)  # addresses in it may hold passwords
+        config.write_text(self.run_yaml)
         (self.folder / "launcher.yaml").write_text(configs.dump(launcher))
 
 
@@ -57,6 +67,13 @@ def load_job(path: Path, overrides: Sequence[str]) -> Job:
     folder = next_folder(run.run_folder / "submissions", "")
     command = ("-u", "-m", "pretrain.cli", "train", str(folder / "run.yaml"))
     return Job(run.name, run.run_folder, folder, configs.dump(run), command)
+
+
+def snapshot(folder: Path) -> None:
+    """Copy the code that runs now, for jobs that begin later."""
+    for package in PACKAGES:
+        source = Path(__file__).parents[1] / package
+        shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def next_folder(parent: Path, stem: str) -> Path:

@@ -20,8 +20,12 @@ from typing import BinaryIO, Literal
 from pydantic import Field
 
 from configs import Float, Int, Section
-from launch.job import ATTEMPT, RESTARTED, Job, log, new_folder
+from launch.alone import alone
+from launch.attempts import BEGUN, STOP, Attempt, newest_step, read_attempts, same_submission, write_once
+from launch.ends import close_lost, record
+from launch.job import ATTEMPT, Job, log, new_folder
 from launch.notice import Notice
+from launch.policy import End, Rules, decide, verdict
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_S = 0.1
@@ -34,6 +38,7 @@ class Local(Section):
     kind: Literal["local"] = "local"
     ranks: Int = Field(1, ge=1)
     restarts: Int = Field(0, ge=0)  # how often a run that failed, hung or stopped by itself is started again
+    crash_loop: Int = Field(3, ge=2)  # so many bad ends in a row without a newer checkpoint end the submission
     grace_s: Float = Field(10.0, ge=0)  # from a rank's bad end to TERM for the others, and from there to KILL
     notice: Notice | None = None
 
@@ -50,7 +55,14 @@ class Local(Section):
 
         A signal to this process goes on to the ranks and ends the restarts.
         """
-        job.write(self)
+        with alone(job.run_folder):
+            job.write(self)
+            return self._run(job)
+
+    def _run(self, job: Job) -> int:
+        rules = Rules("here", self.restarts, self.crash_loop)
+        for line in close_lost(job.run_folder, rules):
+            log(line)
         told: list[int] = []
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -58,35 +70,54 @@ class Local(Section):
 
         before = {number: signal.signal(number, note) for number in FORWARDED}
         try:
-            for restart in range(self.restarts + 1):
-                code = self._attempt(job, told)
-                if code not in RESTARTED or told or restart == self.restarts:
-                    break
-                log(f"{RESTARTED[code]} (exit {code}); starting again (restart {restart + 1} of {self.restarts})")
-            return code
+            while True:
+                attempt = self._begin(job)
+                code, words = self._attempt(job, attempt, told)
+                stop = bool(told) or (job.folder / STOP).exists()
+                end = End(code, words=words, step=newest_step(job.run_folder), stop=stop)
+                decision = decide(end, self._attempts(job), rules)
+                record(attempt, end, decision)
+                log(f"attempt {attempt.number} ended with exit {decision.exit_code}: {decision.why}")
+                if decision.action != "restart":
+                    return decision.exit_code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _attempt(self, job: Job, told: list[int]) -> int:
-        """Start every rank and wait until all have ended."""
+    def _attempts(self, job: Job) -> list[Attempt]:
+        return same_submission(read_attempts(job.logs), job.number)
+
+    def _begin(self, job: Job) -> Attempt:
+        """Take an attempt, and write down that it begins."""
         folder = new_folder(job.logs, "attempt-")
+        attempt = Attempt(folder, int(folder.name.removeprefix("attempt-")))
+        write_once(folder / BEGUN, {
+            "attempt": attempt.number, "launcher": "local", "job": None, "submission": job.number,
+            "restarts": len(self._attempts(job)), "nodes": [socket.gethostname()], "ranks": self.ranks,
+            "began": time.time(), "queued": None, "host": socket.gethostname(), "pid": os.getpid(),
+        })  # fmt: skip
+        return attempt
+
+    def _attempt(self, job: Job, attempt: Attempt, told: list[int]) -> tuple[int, str]:
+        """Start every rank and wait until all have ended: the exit code, and the last words of a rank that failed."""
+        folder = attempt.folder
         log(f"{self.ranks} rank(s), output in {folder}")
         port = _free_port()
         ranks: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(self.ranks):
-                number = folder.name.removeprefix("attempt-")
-                environment = os.environ | _environment(rank, self.ranks, port) | {ATTEMPT: number}
+                environment = os.environ | _environment(rank, self.ranks, port) | {ATTEMPT: str(attempt.number)}
                 ranks.append(_spawn([sys.executable, *job.arguments], environment, folder / f"rank-{rank}.log"))
             with (folder / "rank-0.log").open("rb") as output:
-                return self._wait(ranks, told, output)
+                own = self._wait(ranks, told, output)
         finally:
             for process in ranks:
                 _kill(process)
+        first = next(((rank, code) for rank, code in own.items() if code), None)
+        return verdict(list(own.values())), attempt.words_of(first[0], "", f"exit {first[1]}") if first else ""
 
-    def _wait(self, ranks: list[subprocess.Popen[bytes]], told: list[int], output: BinaryIO) -> int:
-        """The worst exit code of those ranks that ended before we ended them."""
+    def _wait(self, ranks: list[subprocess.Popen[bytes]], told: list[int], output: BinaryIO) -> dict[int, int]:
+        """The exit codes of those ranks that ended before we ended them, in the order in which they ended."""
         forwarded, own = 0, dict[int, int]()
         steps, deadline = [signal.SIGTERM, signal.SIGKILL], math.inf  # against ranks that go on after another's bad end
         while left := [str(rank) for rank, process in enumerate(ranks) if process.poll() is None]:
@@ -106,7 +137,7 @@ class Local(Section):
         if len(steps) == 2:
             own |= _ended(ranks, own)
         _show(output)
-        return max(own.values())
+        return own
 
 
 def _ended(ranks: list[subprocess.Popen[bytes]], known: dict[int, int]) -> dict[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import sys
@@ -21,11 +22,17 @@ from pydantic import Field, model_validator
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from configs import Bool, Float, Int, Section
-from launch.job import JOBS, RESTARTED, Job
+from launch.alone import alone
+from launch.job import CODE, JOBS, RESTARTED, Job, snapshot
 from launch.notice import Notice
+from pretrain.track.journal import Cursor, branch_files, records_after
+from pretrain.track.mask import mask_text, names_a_secret
 
 BATCH = Path(__file__).with_name("batch.sh")
 STOP_SIGNAL = "USR2"  # NCCL may use USR1 for itself
+LEAST_LEAD_S = 60  # SLURM looks at the clock twice a minute
+UNKNOWN_LEAD_S = 120  # before a first save was measured
+SAVES = 20  # the newest ones, of which the slowest counts
 
 
 class Slurm(Section):
@@ -36,17 +43,20 @@ class Slurm(Section):
     account: str | None = None
     qos: str | None = None
     nodes: Int = Field(1, ge=1)
+    spare_nodes: Int = Field(0, ge=0)  # asked for beside them, and used when one is found bad or fails
     ranks_per_node: Int | None = Field(None, ge=1)  # absent: one for each GPU, else one
     gpus_per_node: Int | None = Field(None, ge=1)
     cpus_per_rank: Int | None = Field(None, ge=1)
     mem_gb: Float | None = Field(None, gt=0)  # per node
     minutes: Int = Field(60, ge=1)  # the time limit of one attempt
-    signal_lead_s: Int = Field(120, ge=1)  # how long before it the ranks are told to save; SLURM may be 60 s early
+    signal_lead_s: Int | None = Field(None, ge=1)  # how long before it the ranks are told to save; SLURM may be 60 s
+    # early. Absent: from the time that the run's saves have taken
     constraint: str | None = None
     exclude: str | None = None  # nodes to avoid, as n[3-5],n9
     exclusive: Bool = False
     restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: a successor is queued with each attempt
-    restarts: Int = Field(20, ge=0)
+    restarts: Int = Field(20, ge=0)  # of one submission; preemption and lost nodes do not count
+    crash_loop: Int = Field(3, ge=2)  # so many bad ends in a row without a newer checkpoint end the submission
     setup: list[str] = Field([])  # lines of shell before the ranks start: modules, environments
     python: str | None = None  # what starts Python in a rank, as `apptainer exec image.sif python`; absent: this one
     srun: list[str] = Field([])  # further arguments of srun
@@ -55,10 +65,23 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _has_time(self) -> Slurm:
-        if self.signal_lead_s >= 60 * self.minutes:
+        if self.signal_lead_s is not None and self.signal_lead_s >= 60 * self.minutes:
             raise ValueError(
                 f"signal_lead_s: expected less than the {60 * self.minutes} s of `minutes`, got {self.signal_lead_s}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_no_secret(self) -> Slurm:
+        """The script is a file that SLURM shows to others: what it needs of secrets comes with the environment."""
+        lists = {"setup": self.setup, "srun": self.srun, "sbatch": list(self.sbatch.values())}
+        for name, texts in {**lists, "python": [self.python or ""]}.items():
+            for text in texts:
+                if found := secret_in(text):
+                    raise ValueError(
+                        f"{name}: holds a secret, {found}, and would be readable in the batch script; export it "
+                        "before `launch submit` instead: SLURM hands the environment on"
+                    )
         return self
 
     def show(self, job: Job) -> str:
@@ -67,7 +90,12 @@ class Slurm(Section):
 
     def start(self, job: Job) -> int:
         """Queue the job and print its id. Raises SlurmError in SLURM's own words."""
+        with alone(job.run_folder):
+            return self._queue(job)
+
+    def _queue(self, job: Job) -> int:
         job.write(self)
+        snapshot(job.folder / CODE)
         try:
             number = self._executor(job).queue()
         except (FileNotFoundError, FailedJobError, FailedSubmissionError) as error:
@@ -80,8 +108,9 @@ class Slurm(Section):
 
     def _executor(self, job: Job) -> _Executor:
         executor = _Executor(job.folder, self._body(job))
-        limits = {"time": self.minutes, "nodes": self.nodes, "ntasks_per_node": self._tasks()}
-        signal = {"signal": f"{STOP_SIGNAL}@{self.signal_lead_s}"}
+        limits = {"time": self.minutes, "nodes": self.nodes + self.spare_nodes, "ntasks_per_node": self._tasks()}
+        signal = {"signal": f"{STOP_SIGNAL}@{self._lead_s(job.run_folder)}"}
+        spare = {"no-kill": True} if self.spare_nodes else {}  # the others of an allocation outlive a lost node
         requeue = {"requeue" if self.restart == "requeue" else "no-requeue": True}
         output = {"output": str(job.folder / "%j.log")}
         extra = {name: True if value == "true" else value for name, value in self.sbatch.items()}
@@ -101,9 +130,17 @@ class Slurm(Section):
             wckey=None,
             stderr_to_stdout=True,
             use_srun=False,  # batch.sh has one of its own
-            additional_parameters=signal | requeue | output | extra,
+            additional_parameters=signal | requeue | spare | output | extra,
         )
         return executor
+
+    def _lead_s(self, run_folder: Path) -> int:
+        """Seconds from the signal to the end of the time: room for two saves, less than half of it all."""
+        if self.signal_lead_s is not None:
+            return self.signal_lead_s
+        save_s = slowest_save_s(run_folder)
+        lead_s = UNKNOWN_LEAD_S if save_s is None else max(LEAST_LEAD_S, round(2 * save_s) + 30)
+        return min(lead_s, 30 * self.minutes)
 
     def _tasks(self) -> int:
         return self.ranks_per_node or self.gpus_per_node or 1
@@ -114,15 +151,48 @@ class Slurm(Section):
         python = self.python or shlex.quote(sys.executable)
         known = [
             f"logs={shlex.quote(str(job.logs))}",
+            f"submission={shlex.quote(str(job.folder))}",
             f"jobs={shlex.quote(str(job.folder / JOBS))}",
-            f"policy={self.restart}",
+            f"code_folder={shlex.quote(str(job.folder / CODE))}",
+            f"restart={self.restart}",
             f"max_restarts={self.restarts}",
-            f"restarted=' {' '.join(map(str, RESTARTED))} '",
+            f"restarted='{' '.join(map(str, RESTARTED))}'",
+            f"wanted={self.nodes}",
+            f"tasks={self._tasks()}",
             f"threads={self.cpus_per_rank or 1}",
+            f"python=({python})",
             f"srun_arguments=({shlex.join([*cpus, *self.srun])})",
-            f"rank=({python} {shlex.join(job.arguments)})",
+            f"rank=({python} -P {shlex.join(job.arguments)})",
         ]
         return "\n".join([*known, "", BATCH.read_text()])
+
+
+def slowest_save_s(run_folder: Path) -> float | None:
+    """The longest of the run's newest saves, from its journal; None where it has none on record."""
+    seconds: list[float] = []
+    for branch in reversed(branch_files(run_folder)):
+        if len(seconds) >= SAVES:
+            break
+        seconds = _save_seconds(run_folder, branch) + seconds
+    return max(seconds[-SAVES:], default=None)
+
+
+def _save_seconds(run_folder: Path, branch: int) -> list[float]:
+    found = []
+    for record, _ in records_after(run_folder, Cursor(branch)):
+        if record.branch > branch:
+            break
+        if record.type == "checkpoint" and record.fields.get("status") == "ready" and "seconds" in record.fields:
+            found.append(float(record.fields["seconds"]))
+    return found
+
+
+def secret_in(text: str) -> str | None:
+    """The name of what looks like a secret spelled out in a line of shell, or None. `KEY=$OTHER` is none."""
+    for name, value in re.findall(r"([\w.-]+)=(\S+)", text):
+        if names_a_secret(name) and not value.strip("'\"").startswith("$"):
+            return str(name)
+    return "an address with credentials" if mask_text(text) != text else None
 
 
 class SlurmError(Exception):

@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PACKAGES = "slurmctld slurmd slurmdbd slurm-client munge mariadb-server-core mariadb-client-core"
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "unshare")
 REQUEUE_DELAY_S = 5  # SLURM lets a credential of the old run expire before it starts a requeued job
@@ -73,6 +75,8 @@ AccountingStoragePass={folder}/munge.sock
 NodeName=n[1-{nodes}] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=10
+PartitionName=abrupt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=cheap Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=high Nodes=ALL PriorityTier=100 PreemptMode=OFF
 """
 
@@ -128,10 +132,7 @@ class Cluster:
             self._spawn("mariadbd", MARIADB.format(folder=self.folder))
             self.until("munged", (self.folder / "munge.sock").exists)
             self.until("mariadbd", (self.folder / "mariadb.sock").exists)
-            self._spawn("slurmdbd", f"MYSQL_UNIX_PORT={self.folder}/mariadb.sock slurmdbd -D")
-            self.until("slurmdbd", lambda: _listens(self.port + 1))
-            self._spawn("slurmctld", "slurmctld -D")
-            self.until("slurmctld", lambda: _listens(self.port))
+            self.start_daemons()
             for node in self.nodes:
                 self.start_node(node)
             self.until("nodes", lambda: self._states() == ["idle"] * len(self.nodes))
@@ -147,15 +148,51 @@ class Cluster:
             daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def start_daemons(self) -> None:
+        """Start those of slurmdbd and slurmctld that do not run, and wait until they answer."""
+        commands = {"slurmdbd": f"MYSQL_UNIX_PORT={self.folder}/mariadb.sock slurmdbd -D", "slurmctld": "slurmctld -D"}
+        for port, (name, command) in zip((self.port + 1, self.port), commands.items(), strict=True):
+            if name not in self.daemons or self.daemons[name].poll() is not None:
+                self._spawn(name, command)
+            self.until(name, lambda port=port: _listens(port))  # type: ignore[misc]
+
+    def stop_daemon(self, name: str) -> None:
+        """Kill slurmdbd or slurmctld; `start_daemons` brings it back as it was."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+
     def start_node(self, node: str) -> None:
         """Start a node whose name is its hostname, and which resolves the names of all."""
         hosts = shlex.quote(str(self.folder / "hosts"))
-        self._spawn(node, f"hostname {node} && mount --bind {hosts} /etc/hosts && slurmd -D -N {node}")
+        slurmd = f"hostname {node} && mount --bind {hosts} /etc/hosts && slurmd -D -N {node}"
+        self._spawn(node, f"{{ {slurmd}; sleep infinity; }}")  # jobs outlive a slurmd that is killed
 
     def crash_node(self, node: str) -> None:
         """End the node's slurmd and every process of every job on it at once, as a power cut does."""
         self.daemons[node].kill()
         self.daemons[node].wait()
+
+    def kill_slurmd(self, node: str) -> None:
+        """End the node's slurmd alone: its jobs go on, and SLURM believes them lost."""
+        for process in psutil.Process(self.daemons[node].pid).children(recursive=True):
+            if process.name() == "slurmd":
+                process.kill()
+
+    def declare_down(self, node: str) -> None:
+        """Have SLURM notice at once, and not by its timeouts, that a node is lost."""
+        self.run(f"scontrol update nodename={node} state=down reason=test")
+
+    def repair_node(self, node: str) -> None:
+        """Bring a lost node back, with nothing left on it."""
+        self.crash_node(node)
+        self.start_node(node)
+        self.until(f"{node} answers", lambda: "*" not in self.node_state(node))
+        if self.node_state(node) == "down":
+            self.run(f"scontrol update nodename={node} state=resume")
+        self.until(f"{node} idle", lambda: self.node_state(node) == "idle")
+
+    def node_state(self, node: str) -> str:
+        return self.run(f"sinfo --noheader --nodes={node} --partition=main --format=%T")
 
     def run(self, command: str) -> str:
         """The output of a SLURM command. Raises CalledProcessError."""

@@ -71,7 +71,7 @@ def test_script_asks_for_everything(full: Slurm, job: Job) -> None:
     )
     assert "module load cuda" in lines
     assert "srun_arguments=(--cpus-per-task=6 --mpi=none)" in lines
-    assert "rank=(apptainer exec image.sif python -u -m pretrain.cli train 'x y')" in lines
+    assert "rank=(apptainer exec image.sif python -P -u -m pretrain.cli train 'x y')" in lines
     assert lines.index("module load cuda") < lines.index("threads=6")
 
 
@@ -92,7 +92,7 @@ def test_showing_needs_no_slurm_and_leaves_nothing(job: Job, monkeypatch: pytest
 def test_requeue_follows_the_policy(job: Job, restart: str, flag: str) -> None:
     script = Slurm(restart=restart).show(job)
     assert f"#SBATCH {flag}\n" in script
-    assert f"policy={restart}\n" in script
+    assert f"restart={restart}\n" in script
 
 
 def test_no_secret_in_the_script(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_sbatch_refuses(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             "command line (launcher.ranks=0): launcher.ranks: input should be greater than or equal to 1, got 0",
         ),
         (
-            ["launcher.kind=slurm", "launcher.minutes=1"],
+            ["launcher.kind=slurm", "launcher.minutes=1", "launcher.signal_lead_s=120"],
             "command line: launcher: signal_lead_s: expected less than the 60 s of `minutes`, got 120",
         ),
     ],
