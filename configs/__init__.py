@@ -111,6 +111,12 @@ def build(schema: type[S], tree: Tree, name: str, overrides: Sequence[str] = ())
     return source.build(schema, tree, name)
 
 
+def read(path: Path) -> dict[str, Tree]:
+    """The top of a file as it stands, neither expanded nor checked. Raises ConfigError."""
+    tree: dict[str, Tree] = _Source().read(path)
+    return tree
+
+
 def dump(section: Section) -> str:
     """The whole tree as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

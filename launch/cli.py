@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from pydantic import Field
 
 import configs
 from configs import ConfigError, Section
+from launch.job import LaunchError
 from launch.local import Local
 from launch.slurm import Slurm, SlurmError
 
@@ -50,13 +53,94 @@ def submit(
         raise typer.Exit(launcher.start(job))
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="for programs; the keys are in README")]
+Started = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or the config that names it")]
+
+
+@app.command()
+def status(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]...", help="run folders or configs; without any, the runs below . and ./runs"),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="also each recovery by part")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs are: state, steps, speed, checkpoint, and where the time went."""
+    from rich.console import Console
+
+    from launch.history import find_run, runs_below
+    from launch.status import look, show
+
+    folders, problems = [], []
+    for run in runs or runs_below(Path()):
+        try:
+            folders.append(find_run(run))
+        except ConfigError as error:
+            problems.append(str(error))
+    if not folders and not problems:
+        problems.append("no run in this folder or in its runs/; name one")
+    statuses = look(folders)
+    if as_json:
+        print(json.dumps([status.tree() for status in statuses], indent=2))
+    elif statuses:
+        show(statuses, Console(width=None if sys.stdout.isatty() else 200), verbose)
+    for problem in problems:
+        _fail(problem, 2)
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def logs(
+    run: Started,
+    rank: Annotated[int, typer.Option(min=0)] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="this one alone; without, all in their order")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on, through restarts, until the run is over")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a rank has said, over all attempts."""
+    from launch.history import find_run
+    from launch.logs import print_logs
+
+    try:
+        print_logs(find_run(run), rank, attempt, follow, as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever read has had enough; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.command()
+def stop(
+    run: Started,
+    wait: Annotated[bool, typer.Option(help="return when the run is over")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Let a run save and end; it is not started again until it is submitted."""
+    from launch.history import find_run
+    from launch.job import log
+    from launch.stop import outcome
+    from launch.stop import stop as stop_run
+
+    folder = find_run(run)
+    try:
+        stopped = stop_run(folder, wait, log)
+    except KeyboardInterrupt:
+        log("no longer waiting; the run goes on to stop")
+        raise typer.Exit(130) from None
+    print(json.dumps(stopped.tree(), indent=2) if as_json else outcome(stopped))
+
+
 def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
     try:
         app()
     except ConfigError as error:
         sys.exit(_fail(str(error), 2))
-    except (SlurmError, OSError) as error:
+    except (SlurmError, LaunchError, OSError) as error:
         sys.exit(_fail(str(error), 1))
 
 
