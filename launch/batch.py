@@ -21,6 +21,7 @@ import yaml
 from launch.attempts import BEGUN, STOP, Attempt, newest_step, read_attempts, same_submission, write_once
 from launch.ends import close_lost, record
 from launch.job import new_folder
+from launch.notice import tell
 from launch.policy import Cause, End, Rules, decide, excluded, verdict
 from pretrain.guard import FAILED, STOPPED
 
@@ -96,6 +97,8 @@ class Batch:
             _say(f"attempt {number} was taken for lost, and another goes on: leaving everything to it")
             return {"action": "stop", "by": "slurm", "code": code}
         _say(f"attempt {number} ended with exit {decision.exit_code}: {decision.why}")
+        for line in tell(attempt, decision, end.exit_code):
+            _say(line)
         return {
             "action": decision.action,
             "by": decision.by,

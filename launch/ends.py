@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.attempts import Attempt, newest_step, read_attempts, same_submission
+from launch.notice import tell
 from launch.policy import Cause, Decision, End, Rules, decide
 from pretrain.guard import CRASH_LOOP
 
@@ -50,5 +51,5 @@ def close_lost(run_folder: Path, rules: Rules, job: str | None = None, dead: Col
         if decision.action == "restart":  # it is being started again
             decision = replace(decision, by="slurm", why=why)
         if record(attempt, end, decision):
-            lines.append(f"attempt {attempt.number} was lost: {decision.why}")
+            lines += [f"attempt {attempt.number} was lost: {decision.why}", *tell(attempt, decision, end.exit_code)]
     return lines

@@ -24,7 +24,7 @@ from launch.alone import alone
 from launch.attempts import BEGUN, STOP, Attempt, newest_step, read_attempts, same_submission, write_once
 from launch.ends import close_lost, record
 from launch.job import ATTEMPT, Job, log, new_folder
-from launch.notice import Notice
+from launch.notice import Notice, tell
 from launch.policy import End, Rules, decide, verdict
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,6 +78,8 @@ class Local(Section):
                 decision = decide(end, self._attempts(job), rules)
                 record(attempt, end, decision)
                 log(f"attempt {attempt.number} ended with exit {decision.exit_code}: {decision.why}")
+                for line in tell(attempt, decision, end.exit_code):
+                    log(line)
                 if decision.action != "restart":
                     return decision.exit_code
         finally:

@@ -12,14 +12,20 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
+import configs
 from configs import Section
+from launch.attempts import Attempt
+from launch.policy import Decision
+from pretrain.guard import CRASH_LOOP, HUNG
 
 TIMEOUT_S = 10.0
 Event = Literal["stall", "crash_loop", "end"]
@@ -46,10 +52,8 @@ class Notice(Section):
         if event not in self.on:
             return []
         body = json.dumps({"event": event, "text": text, **facts}, default=str).encode()
-        problems = [
-            self._call([*self.command, text], body) if self.command else None,
-            self._post(self.webhook_variable, body) if self.webhook_variable else None,
-        ]
+        posting = _Posting(self.webhook_variable, body) if self.webhook_variable else None
+        problems = [self._call([*self.command, text], body) if self.command else None, posting and posting.end()]
         return [f"notice of {event} not given: {problem}" for problem in problems if problem]
 
     def _call(self, command: list[str], body: bytes) -> str | None:
@@ -72,36 +76,83 @@ class Notice(Section):
             return f"{command[0]}: did not end within {TIMEOUT_S:g} s"
         return f"{command[0]}: exit {process.returncode}" if process.returncode else None
 
-    def _post(self, variable: str, body: bytes) -> str | None:
-        """Post the JSON; what went wrong, or None. Texts of errors are not shown: some hold the address."""
-        address = os.environ.get(variable, "")
-        if not address.startswith(("http://", "https://")):
-            return f"{variable}: expected an address that begins with http:// or https://, got " + (
-                "another text" if address else "nothing"
-            )
-        problem = [f"{variable}: no answer within {TIMEOUT_S:g} s"]
 
-        def post() -> None:
-            headers = {"Content-Type": "application/json"}
-            try:
-                request = urllib.request.Request(address, body, headers)
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S):
-                    problem.clear()
-            except urllib.error.HTTPError as error:
-                problem[:] = [f"{variable}: the server answered {error.code}"]
-            except TimeoutError:
-                pass
-            except Exception as error:
-                reason = getattr(error, "reason", None)  # an OSError, as "connection refused"
-                words = reason.strerror if isinstance(reason, OSError) and reason.strerror else type(error).__name__
-                problem[:] = [f"{variable}: {words}"]
+class _Posting:
+    """A POST of JSON, under way in a thread: resolving a name has no timeout of its own.
 
-        thread = threading.Thread(target=post, daemon=True)  # resolving a name has no timeout of its own
-        thread.start()
-        thread.join(TIMEOUT_S)
-        return problem[0] if problem else None
+    Texts of errors are not shown: some hold the address.
+    """
+
+    def __init__(self, variable: str, body: bytes) -> None:
+        self.address, self.body = os.environ.get(variable, ""), body
+        self.variable, self.problem = variable, f"no answer within {TIMEOUT_S:g} s"
+        self.until = time.monotonic() + TIMEOUT_S
+        self.thread = threading.Thread(target=self._post, daemon=True)
+        self.thread.start()
+
+    def end(self) -> str | None:
+        """What went wrong, or None."""
+        self.thread.join(max(0.0, self.until - time.monotonic()))
+        return f"{self.variable}: {self.problem}" if self.problem else None
+
+    def _post(self) -> None:
+        if not self.address.startswith(("http://", "https://")):
+            got = "another text" if self.address else "nothing"
+            self.problem = f"expected an address that begins with http:// or https://, got {got}"
+            return
+        try:
+            request = urllib.request.Request(self.address, self.body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+                self.problem = ""
+        except urllib.error.HTTPError as error:
+            self.problem = f"the server answered {error.code}"
+        except TimeoutError:
+            pass
+        except Exception as error:
+            reason = getattr(error, "reason", None)  # an OSError, as "connection refused"
+            words = reason.strerror if isinstance(reason, OSError) and reason.strerror else type(error).__name__
+            self.problem = words
 
 
-def send(notice: Notice | None, event: Event, text: str, facts: Mapping[str, Any]) -> list[str]:
-    """`Notice.send`, where there is one."""
-    return notice.send(event, text, facts) if notice is not None else []
+def tell(attempt: Attempt, decision: Decision, exit_code: int | None) -> list[str]:
+    """Tell of an attempt's end and of what follows it, as its submission's launcher.yaml wants it. Never raises.
+
+    A hang is a stall; what is not started again is an end, or a crash loop. A line for each who could not be told.
+    """
+    run_folder = attempt.folder.parents[1]
+    events = _events(decision, exit_code)
+    if not events:
+        return []
+    try:
+        settings = yaml.safe_load((run_folder / "submissions" / str(attempt.submission) / "launcher.yaml").read_text())
+        if settings.get("notice") is None:
+            return []
+        notice = configs.build(Notice, settings["notice"], "launcher.notice")
+    except (OSError, AttributeError, yaml.YAMLError, configs.ConfigError) as error:
+        return [f"no notice given: {error}"]
+    wanted = next((event for event in events if event in notice.on), None)
+    if wanted is None:
+        return []
+    text = f"{run_folder.name}: attempt {attempt.number} ended with exit {decision.exit_code}: {decision.why}"
+    facts = {
+        "run_folder": str(run_folder),
+        "attempt": attempt.number,
+        "job": attempt.begun.get("job"),
+        "nodes": attempt.nodes,
+        "exit_code": decision.exit_code,
+        "action": decision.action,
+        "why": decision.why,
+    }
+    return notice.send(wanted, text, facts)
+
+
+def _events(decision: Decision, exit_code: int | None) -> list[Event]:
+    """What an end is, the most telling first: of these a user is told the first one asked for."""
+    found: list[Event] = []
+    if decision.exit_code == CRASH_LOOP:
+        found.append("crash_loop")
+    if decision.action != "restart":
+        found.append("end")
+    if exit_code == HUNG:
+        found.append("stall")
+    return found

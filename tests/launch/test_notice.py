@@ -13,7 +13,12 @@ import pytest
 
 import configs
 from launch import notice
-from launch.notice import Notice, send
+from launch.attempts import Attempt
+from launch.job import Job
+from launch.local import Local
+from launch.notice import Notice, tell
+from launch.policy import Decision
+from tests.launch.run_folder import RunFolder
 
 SECRET = "planted-secret"
 
@@ -76,7 +81,6 @@ def test_command_gets_text_and_json(tmp_path: Path) -> None:
 def test_only_what_was_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOOK", server.address("ok"))
     assert Notice(webhook_variable="HOOK", on=["crash_loop"]).send("end", "done", {}) == []
-    assert send(None, "end", "done", {}) == []
     assert server.bodies == []
 
 
@@ -106,7 +110,62 @@ def test_problems_are_one_line_without_the_address(
         assert Notice(command=list(command)).send("end", "done", {}) == [f"notice of end not given: {problem}"]
 
 
+@pytest.mark.parametrize(
+    ("action", "exit_code", "decided", "on", "event"),
+    [
+        ("done", 0, 0, ["end"], "end"),
+        ("stop", 5, 5, ["stall", "end"], "end"),
+        ("stop", 1, 8, ["crash_loop", "end"], "crash_loop"),
+        ("stop", 1, 8, ["end"], "end"),
+        ("restart", 4, 4, ["stall"], "stall"),
+        ("restart", 4, 4, ["end"], None),
+        ("restart", 1, 1, ["stall", "crash_loop", "end"], None),
+    ],
+)
+def test_what_is_told_of_an_end(
+    tmp_path: Path, action: Any, exit_code: int, decided: int, on: list[str], event: str | None
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    command = ["sh", "-c", f'cat > "{tmp_path}/in"']
+    (run.submission / "launcher.yaml").write_text(
+        json.dumps({"kind": "local", "notice": {"command": command, "on": on}})
+    )
+    attempt = Attempt(run.attempt(), 1)
+    assert tell(attempt, Decision(action, decided, "why it was"), exit_code) == []
+    if event is None:
+        assert not (tmp_path / "in").exists()
+        return
+    told = json.loads((tmp_path / "in").read_text())
+    assert told["event"] == event
+    assert told["text"] == f"run: attempt 1 ended with exit {decided}: why it was"
+    assert (told["run_folder"], told["attempt"], told["exit_code"]) == (str(run.path), 1, decided)
+
+
+def test_telling_never_fails(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    attempt, done = Attempt(run.attempt(), 1), Decision("done", 0, "done")
+    assert tell(attempt, done, 0) == []
+    (run.submission / "launcher.yaml").write_text("notice: {on: [nothing]}")
+    [line] = tell(attempt, done, 0)
+    assert line.startswith("no notice given: launcher.notice: ")
+    (run.submission / "launcher.yaml").unlink()
+    [line] = tell(attempt, done, 0)
+    assert line.startswith("no notice given: [Errno 2] ")
+
+
 def test_whoever_is_told_of_nothing_is_a_mistake() -> None:
     with pytest.raises(configs.ConfigError) as caught:
         configs.build(Notice, {}, "launcher.notice")
     assert str(caught.value) == "launcher.notice: needs a `command`, a `webhook_variable`, or both"
+
+
+def test_the_launcher_tells(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", server.address("ok"))
+    run = tmp_path / "run"
+    job = Job("small", run, run / "submissions" / "1", "name: small\n", ("-c", "raise SystemExit(5)"))
+    assert Local(notice=Notice(webhook_variable="HOOK")).start(job) == 5
+    [(_, told)] = server.bodies
+    assert (told["event"], told["exit_code"], told["action"]) == ("end", 5, "stop")
+    written = [path.read_text() for path in run.rglob("*") if path.is_file()]
+    assert any("webhook_variable: HOOK" in text for text in written)
+    assert not any(SECRET in text for text in written)
