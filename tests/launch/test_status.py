@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from launch.state import STATES
 from launch.status import COLUMNS, Status, look
+from pretrain.goodput import PARTS
 from tests.launch.run_folder import END_STEP, RunFolder
 
 DEAD = 2**22 + 1  # above the highest number that a process may have
@@ -92,6 +94,13 @@ def test_keys_are_the_same_in_every_state(run: RunFolder) -> None:
     for tree in trees:
         assert list(tree) == KEYS
         assert json.loads(json.dumps(tree)) == tree
+
+
+def test_readme_names_every_key_state_and_part() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## Watching and stopping runs")[2].partition("\n## ")[0]
+    words = set(re.findall(r"\w+", section))
+    assert {*KEYS, *STATES, *PARTS} - words == set()
 
 
 # --- states ---------------------------------------------------------------------------------------------------------
