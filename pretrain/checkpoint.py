@@ -36,6 +36,7 @@ from configs import ConfigError, Float, Int, Section
 from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import HashedFile, sync_folder, write_durably
 from pretrain import disk
+from pretrain.archive import MOST_WAITING, Archive, Archiver
 from pretrain.engine.state import MASTER, Fragment, State
 from pretrain.lineage import Lineage, TakenOver
 
@@ -64,6 +65,7 @@ class Checkpoints(Section):
     keep_every_steps: Int | None = Field(default=None, gt=0)  # kept for good
     on_error: Literal["stop", "go_on"] = "stop"  # what a failed save does to the run
     peer_timeout_s: Float = Field(default=PEER_TIMEOUT_S, gt=0)
+    archive: Archive | None = None  # copies elsewhere
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ class Saver:
         self.rank, self.ranks, self.facts = rank, ranks, facts
         self.on_commit, self.on_removed = on_commit, on_removed
         self.last_step: int | None = None  # of the save begun last
+        self.archiver = Archiver(settings.archive, run_folder) if settings.archive and rank == 0 else None
+        self._archived: set[Path] = set()  # handed to the archiver
         self._buffer: Tensor | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -231,6 +235,11 @@ class Saver:
             return None
         error, self._error = self._error, None
         return error
+
+    def close(self, seconds: float | None = None) -> None:
+        """End the archiving, after at most `seconds` (default: those of the settings)."""
+        if self.archiver is not None and self.settings.archive is not None:
+            self.archiver.close(self.settings.archive.close_seconds if seconds is None else seconds)
 
     def done(self, timeout_s: float) -> bool:
         """Whether no save is in flight, after waiting for at most `timeout_s`."""
@@ -287,6 +296,7 @@ class Saver:
                 committed = self._commit(folder, position, extra)
                 self.on_commit(committed, time.perf_counter() - begun)
                 fail_at("checkpoint.told")
+                self.archive()
         except Exception as error:
             self._error = self._abandon(folder, position.step, error, needs)
         else:
@@ -403,11 +413,23 @@ class Saver:
             self.lineage.check(self.branch)
             time.sleep(0.02)
 
+    def archive(self) -> None:
+        """Have the newest checkpoints archived that are due; those that are there already cost a look (rank 0)."""
+        if self.archiver is None or self.settings.archive is None:
+            return
+        every = self.settings.archive.every_steps
+        matches = [(NAME.fullmatch(path.name), path) for path in live_checkpoints(self.root.parent)]
+        due = [path for match, path in matches if match and int(match[1]) and int(match[1]) % every == 0]
+        for path in reversed(due[:MOST_WAITING]):
+            if path not in self._archived:
+                self._archived.add(path)
+                self.archiver.add(path)
+
     def _retire(self) -> None:
         """Remove what retention no longer keeps. What was just committed, and so verified, always stays."""
         run_folder = self.root.parent
         live = live_checkpoints(run_folder)
-        kept = set(live[: self.settings.keep_last])
+        kept = set(live[: self.settings.keep_last]) | (self.archiver.waiting() if self.archiver else set())
         every = self.settings.keep_every_steps
         for step, branch, path in all_checkpoints(run_folder):
             for_good = every is not None and step > 0 and step % every == 0 and path in live

@@ -79,20 +79,25 @@ def generate(
 
 
 @app.command()
-def verify(run: Run) -> None:
-    """Read every byte of every checkpoint of a run; a line for each that is damaged, and exit 1."""
-    from pretrain import checkpoint
-    from pretrain.run import load_run
+def verify(
+    run: Run,
+    deep: Annotated[bool, typer.Option("--deep", help="read the data between them again, and add it up")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Read every byte of every checkpoint of a run and follow the chain of digests; a line for each. Damage: exit 1."""
+    import json
+    from dataclasses import asdict
 
-    folder = load_run(run).run_folder
-    alive = set(checkpoint.live_checkpoints(folder))
-    damaged = 0
-    for _, _, path in checkpoint.all_checkpoints(folder):
-        lines = checkpoint.verify(path)
-        damaged += bool(lines)
-        state = "; ".join(lines) if lines else "whole"
-        print(f"{path.name}: {state}{'' if path in alive else ' (not of the live lineage)'}")
-    if damaged:
+    from pretrain.run import load_run
+    from pretrain.verify import verify_run
+
+    rows = verify_run(load_run(run), deep)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        for row in rows:
+            print(row.line)
+    if any(row.problems for row in rows):
         raise typer.Exit(1)
 
 

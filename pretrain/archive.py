@@ -1,0 +1,248 @@
+"""Archival copies of chosen checkpoints, on another file system or an object store.
+
+    <to>/<name of the run folder>/run.yaml, segments/, lineage/     so that the archive is a run folder, too
+                                  checkpoints/step-<step>.b<branch>/ as in the run, MANIFEST.json written last
+
+A thread of rank 0 copies them one after the other, hashes what it reads and what it then finds at the target, and tries
+again for as long as the target is away. Training never waits for it; retention waits for at most `MOST_WAITING`. The
+only file that imports fsspec.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import AfterValidator, Field
+
+from configs import ConfigError, Float, Int, Section
+from data_pipeline.failpoints import fail_at
+from data_pipeline.shards import sync_folder, write_durably
+
+log = logging.getLogger("pretrain")
+
+MANIFEST = "MANIFEST.json"
+MOST_WAITING = 2  # checkpoints that are kept on disk only because they are not archived yet
+READ_BYTES = 4 * 2**20
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0  # between two tries
+
+
+class ArchiveError(Exception):
+    """A checkpoint that cannot be archived, or brought back, however often it is tried. One line."""
+
+
+def _check_target(to: str) -> str:
+    """A folder made absolute, or an address whose file system can be had."""
+    import fsspec
+
+    if not to.strip():
+        raise ValueError("expected a folder, or an address such as s3://bucket/runs, got nothing")
+    protocol, separator, _ = to.partition("://")
+    if not separator:
+        return str(Path(to).absolute())
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = " (pip install 'longhaul[s3]')" if protocol == "s3" else ""
+        raise ValueError(f"{to}: {error}{package}") from None
+    except ValueError as error:
+        raise ValueError(f"{to}: {error}") from None
+    return to.rstrip("/")
+
+
+class Archive(Section):
+    """Where copies of which checkpoints go."""
+
+    to: Annotated[str, AfterValidator(_check_target)]  # a folder, or s3://... and other fsspec addresses
+    every_steps: Int = Field(gt=0)
+    close_seconds: Float = Field(default=60.0, ge=0)  # how long the end of a run waits for what is not yet copied
+
+
+def open_archive(archive: Archive, run_folder: Path) -> Store:
+    """The archive of one run."""
+    return Store(f"{archive.to}/{run_folder.name}")
+
+
+class Store:
+    """Checkpoints at an address, whole or absent: one without its manifest does not exist."""
+
+    def __init__(self, address: str) -> None:
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.address = address
+        self.fs, self.root = url_to_fs(address)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def names(self) -> list[str]:
+        """The checkpoints that are there."""
+        self.fs.invalidate_cache()
+        found = self.fs.glob(f"{self.root}/checkpoints/step-*/{MANIFEST}")
+        return sorted(str(path).split("/")[-2] for path in found)
+
+    def put(self, folder: Path, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Copy a checkpoint and what describes its run. Raises ArchiveError; OSError and others when it is away."""
+        data = (folder / MANIFEST).read_bytes()
+        target = f"{self.root}/checkpoints/{folder.name}"
+        self.fs.invalidate_cache()
+        if self.fs.exists(f"{target}/{MANIFEST}"):
+            if self.fs.cat_file(f"{target}/{MANIFEST}") != data:
+                raise ArchiveError(
+                    f"{self.address}: holds another checkpoint {folder.name}; give another checkpoint.archive.to"
+                )
+            return
+        for name, file in json.loads(data)["files"].items():
+            if not go_on():
+                return
+            if self._upload(folder / name, f"{target}/{name}") != file["hash"]:
+                raise ArchiveError(f"{folder / name}: damaged (hash differs)")
+            if self._hash(f"{target}/{name}") != file["hash"]:
+                raise OSError(f"{target}/{name}: not what was written")
+            fail_at("archive.copied")
+        run_folder = folder.parents[1]
+        for path in [run_folder / "run.yaml", *run_folder.glob("segments/*.json"), *run_folder.glob("lineage/*.json")]:
+            if path.is_file():
+                self._write(f"{self.root}/{path.relative_to(run_folder)}", path.read_bytes())
+        self._write(f"{target}/{MANIFEST}", data)
+
+    def bring(self, name: str, target: Path) -> None:
+        """Copy a checkpoint back: whole and verified, or not at all. Raises ArchiveError."""
+        source = f"{self.root}/{name}"
+        temporary = target.with_name(f".tmp-{target.name}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        data = self.fs.cat_file(f"{source}/{MANIFEST}")
+        for part, file in json.loads(data)["files"].items():
+            digest = xxhash.xxh3_128()
+            with self.fs.open(f"{source}/{part}", "rb") as found, (temporary / part).open("wb") as copy:
+                while chunk := found.read(READ_BYTES):
+                    digest.update(chunk)
+                    copy.write(chunk)
+                copy.flush()
+                os.fsync(copy.fileno())
+            if digest.hexdigest() != file["hash"]:
+                raise ArchiveError(f"{source}/{part}: damaged (hash differs)")
+        write_durably(temporary / MANIFEST, data)
+        temporary.rename(target)
+        sync_folder(target.parent)
+
+    def _upload(self, source: Path, target: str) -> str:
+        """Copy one file; the hash of what was read."""
+        digest = xxhash.xxh3_128()
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as file, self._create(target) as copy:
+            while chunk := file.read(READ_BYTES):
+                digest.update(chunk)
+                copy.write(chunk)
+            if self.is_local:
+                copy.flush()
+                os.fsync(copy.fileno())
+        return digest.hexdigest()
+
+    def _create(self, target: str) -> Any:
+        return Path(target).open("wb") if self.is_local else self.fs.open(target, "wb")
+
+    def _hash(self, path: str) -> str:
+        digest = xxhash.xxh3_128()
+        with self.fs.open(path, "rb") as file:
+            while chunk := file.read(READ_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _write(self, target: str, data: bytes) -> None:
+        """Write a small file; it is whole when it is there, as a put to an object store is by itself."""
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            write_durably(Path(target), data)
+        else:
+            self.fs.pipe_file(target, data)
+
+
+def bring_home(address: str, target: Path) -> None:
+    """Copy the checkpoint at an address to its place in a run. Raises ConfigError."""
+    parent, _, name = address.rstrip("/").rpartition("/")
+    try:
+        Store(parent).bring(name, target)
+    except FileNotFoundError:
+        raise ConfigError(f"resume: {address}: no such checkpoint") from None
+    except (ArchiveError, ImportError, ValueError) as error:
+        raise ConfigError(f"resume: {address}: {error}") from None
+
+
+class Archiver:
+    """Copies checkpoints to the archive of a run, in a thread."""
+
+    def __init__(self, archive: Archive, run_folder: Path) -> None:
+        self.archive, self.run_folder = archive, run_folder
+        self.pause_s = FIRST_PAUSE_S
+        self._waiting: list[Path] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, folder: Path) -> None:
+        """Have a checkpoint copied, unless the archive has it."""
+        with self._changed:
+            if self._closed or folder in self._waiting:
+                return
+            self._waiting.append(folder)
+            if len(self._waiting) > MOST_WAITING:
+                log.warning("%s: not archived: %s is too slow or away", self._waiting.pop(0), self.archive.to)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="longhaul-archive", daemon=True)
+                self._thread.start()
+
+    def waiting(self) -> set[Path]:
+        """Checkpoints that must stay until they are copied."""
+        with self._changed:
+            return set(self._waiting)
+
+    def close(self, seconds: float) -> None:
+        """Wait for what is under way, say what is left, and end. A later start of the run takes it up again."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, seconds)
+            self._closed = True
+            self._changed.notify()
+            for folder in self._waiting:
+                log.warning("%s: not yet archived in %s; starting the run again does it", folder.name, self.archive.to)
+
+    def _work(self) -> None:
+        pause = self.pause_s
+        while (folder := self._next()) is not None:
+            try:
+                open_archive(self.archive, self.run_folder).put(folder, lambda: not self._closed)
+            except ArchiveError as error:
+                log.warning("%s: not archived", error)
+                self._drop(folder)
+            except Exception as error:
+                if not folder.is_dir():
+                    self._drop(folder)
+                    continue
+                if pause == self.pause_s:
+                    log.warning("archive %s: %s; tried again until it works", self.archive.to, error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                pause = self.pause_s
+                if not self._closed:
+                    log.info("archived %s in %s", folder.name, self.archive.to)
+                self._drop(folder)
+
+    def _next(self) -> Path | None:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+            return None if self._closed else self._waiting[0]
+
+    def _drop(self, folder: Path) -> None:
+        with self._changed:
+            if folder in self._waiting and not self._closed:
+                self._waiting.remove(folder)
+            self._changed.notify_all()

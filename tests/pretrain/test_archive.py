@@ -1,0 +1,208 @@
+"""Archival copies: whole or absent, verified, retried, never in the way; brought home again; and `pretrain verify`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from configs import ConfigError, build
+from data_pipeline.failpoints import VARIABLE
+from pretrain import checkpoint
+from pretrain.archive import Archive, ArchiveError, Archiver, Store, open_archive
+from pretrain.checkpoint import Checkpoints, Position, Saver
+from pretrain.cli import app
+from pretrain.lineage import Lineage
+from tests.pretrain.test_checkpoint import commit, make_state
+from tests.runs import TORCH, Started, final_state, run_to_end, write_run
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Lineage(folder).take(None, 0, None, "start")
+    (folder / "run.yaml").write_text("name: x\n")
+    return folder
+
+
+@pytest.fixture(params=["folder", "object store"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "archive") if request.param == "folder" else f"memory://{tmp_path.name}"
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_put_and_brought_back(address: str, run_folder: Path) -> None:
+    commit(run_folder, 4)
+    store = open_archive(Archive(to=address, every_steps=1), run_folder)
+    folder = run_folder / "checkpoints" / "step-4.b1"
+    store.put(folder)
+    assert store.names() == ["step-4.b1"]
+    store.put(folder)  # again: nothing to do
+    target = run_folder / "back" / "step-4.b1"
+    Store(f"{address}/run/checkpoints").bring("step-4.b1", target)
+    assert checkpoint.verify(target) == []
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    shutil.rmtree(folder)
+    commit(run_folder, 4, ranks=3)
+    with pytest.raises(ArchiveError, match=r"/run: holds another checkpoint step-4.b1; give another checkpoint.archiv"):
+        store.put(folder)
+
+
+def test_a_damaged_checkpoint_is_not_archived_and_a_damaged_archive_not_brought_back(
+    tmp_path: Path, run_folder: Path
+) -> None:
+    commit(run_folder, 4)
+    store = open_archive(Archive(to=str(tmp_path / "archive"), every_steps=1), run_folder)
+    folder = run_folder / "checkpoints" / "step-4.b1"
+    safe = shutil.copytree(folder, tmp_path / "safe")
+    flip(folder / "rank-1-of-2.bin")
+    with pytest.raises(ArchiveError, match=r"step-4.b1/rank-1-of-2.bin: damaged \(hash differs\)"):
+        store.put(folder)
+    assert store.names() == []
+    shutil.rmtree(folder)
+    shutil.copytree(safe, folder)
+    store.put(folder)
+    flip(tmp_path / "archive/run/checkpoints/step-4.b1/rank-0-of-2.bin")
+    with pytest.raises(ArchiveError, match=r"rank-0-of-2.bin: damaged \(hash differs\)"):
+        Store(f"{tmp_path}/archive/run/checkpoints").bring("step-4.b1", tmp_path / "back" / "step-4.b1")
+    assert not (tmp_path / "back" / "step-4.b1").exists()
+
+
+def test_an_archive_that_is_away_is_tried_again_and_does_not_hold_up_saves(
+    tmp_path: Path, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = tmp_path / "archive"
+    away.write_text("a file where the folder should be")
+    settings = Checkpoints(keep_last=1, archive=Archive(to=str(away), every_steps=2))
+    saver = Saver(run_folder, settings, 1, 0, 1, {"identity": {}})
+    assert saver.archiver is not None
+    saver.archiver.pause_s = 0.05
+    for step in range(9):
+        saver.save(make_state(0, 1, step), Position(step, step, step, "0" * 32), 0)
+        saver.wait()
+    names = sorted(path.name for path in checkpoint.live_checkpoints(run_folder))
+    assert names == ["step-6.b1", "step-8.b1"]  # the newest two wait, and no more
+    assert "step-2.b1: not archived: " in caplog.text and "tried again until it works" in caplog.text
+    away.unlink()
+    until(lambda: not saver.archiver.waiting())  # type: ignore[union-attr]
+    assert open_archive(settings.archive, run_folder).names() == ["step-6.b1", "step-8.b1"]  # type: ignore[arg-type]
+    saver.close(5.0)
+    assert (away / "run/run.yaml").read_text() == "name: x\n" and (away / "run/lineage/1.json").is_file()
+
+
+def test_what_is_left_is_said_and_taken_up_by_the_next_start(
+    tmp_path: Path, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = tmp_path / "archive"
+    away.write_text("")
+    commit(run_folder, 2, ranks=1)
+    archive = Archive(to=str(away), every_steps=2)
+    archiver = Archiver(archive, run_folder)
+    archiver.add(run_folder / "checkpoints/step-2.b1")
+    archiver.close(0.2)
+    assert f"step-2.b1: not yet archived in {away}; starting the run again does it" in caplog.text
+    away.unlink()
+    saver = Saver(run_folder, Checkpoints(archive=archive), 1, 0, 1, {})
+    saver.archive()
+    saver.close(30.0)
+    assert open_archive(archive, run_folder).names() == ["step-2.b1"]
+
+
+def test_a_kill_in_mid_copy_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=20)
+    archive = f"checkpoint.archive={{to: {tmp_path}/archive, every_steps: 10}}"
+    started = Started(config, 1, archive, variables={VARIABLE: "archive.copied#3=kill"})
+    assert started.wait() == [-9]
+    there = tmp_path / "archive/run/checkpoints"
+    assert {path.name for path in there.iterdir()} == {"step-10.b1", "step-20.b1"}
+    assert [path.parent.name for path in there.glob("*/MANIFEST.json")] == ["step-10.b1"]
+    run_to_end(config, 1, archive)
+    assert sorted(p.parent.name.split(".")[0] for p in there.glob("*/MANIFEST.json")) == ["step-10", "step-20"]
+
+
+@pytest.mark.parametrize(
+    ("to", "line"),
+    [
+        ("nonsense://x", "archive.to: nonsense://x: Protocol not known: nonsense"),
+        ("' '", "archive.to: expected a folder, or an address such as s3://bucket/runs, got nothing"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused(to: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        build(Checkpoints, {}, "test", [f"archive={{to: {to}, every_steps: 1}}"])
+
+
+# --- pretrain verify ------------------------------------------------------------------------------------------------
+
+
+def verify(run: Path, *flags: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["verify", str(run), *flags])
+    return result.exit_code, result.stdout
+
+
+def test_verify_follows_the_chain_and_an_archived_checkpoint_comes_home(tmp_path: Path) -> None:
+    config = write_run(tmp_path, TORCH, steps=20)
+    archive = f"checkpoint.archive={{to: {tmp_path}/archive, every_steps: 10}}"
+    run_to_end(config, 1, archive)
+    golden, run = final_state(tmp_path)[0], tmp_path / "run"
+    code, text = verify(run)
+    assert code == 0 and text.splitlines() == [
+        "step-20.b1: whole, digest as in the journal (archived)",
+        "step-10.b1: whole, digest as in the journal (archived)",
+        "step-0.b1: whole, digest not in the journal (not archived)",
+    ]
+    code, text = verify(run, "--deep")
+    assert code == 0 and text.startswith("step-20.b1: whole, digest that of the data from step 10 on (archived)\n")
+    code, text = verify(tmp_path / "archive/run", "--deep")  # the archive is a run folder, too
+    assert code == 0 and [line.split(":")[0] for line in text.splitlines()] == ["step-20.b1", "step-10.b1"]
+
+    journal = run / "journal/1.jsonl"
+    kept = journal.read_text()
+    journal.write_text(kept.replace(golden["digest"], "f" * 32))
+    code, text = verify(run, "--json")
+    row = json.loads(text)[0]
+    assert code == 1 and row["problems"] == [f"digest {golden['digest']} is not the journal's {'f' * 32}"]
+    assert (row["name"], row["live"], row["archived"]) == ("step-20.b1", True, True)
+    journal.write_text(kept)
+
+    shutil.rmtree(run / "checkpoints/step-20.b1")  # lost, and the one before damaged
+    flip(run / "checkpoints/step-10.b1/rank-0-of-1.bin")
+    code, text = verify(run)
+    assert code == 1 and "rank-0-of-1.bin: damaged (hash differs)" in text
+    home = f"resume={tmp_path}/archive/run/checkpoints/step-10.b1"
+    text = run_to_end(config, 1, archive, home)
+    assert "bringing" in text and "going on from step-10.b1" in text
+    assert final_state(tmp_path)[0] == golden
+    assert verify(run, "--deep")[0] == 0
+
+
+def test_verify_reads_the_data_again(tmp_path: Path) -> None:
+    """A checkpoint whose digest is not that of its data, though every hash is right."""
+    run_to_end(write_run(tmp_path, TORCH, steps=20))
+    folder = tmp_path / "run/checkpoints/step-10.b1"
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["position"]["digest"] = "e" * 32
+    manifest["sha256"] = checkpoint._self_hash(manifest)
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "run/journal")
+    assert verify(tmp_path / "run")[0] == 0
+    code, text = verify(tmp_path / "run", "--deep")
+    assert code == 1 and f"step-10.b1: digest {'e' * 32} is not " in text and "that of the data from step 0" in text
