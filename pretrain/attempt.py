@@ -252,8 +252,9 @@ class Attempt:
             self.journal.end(self.position.step, code, why)
 
     def close(self) -> None:
-        """Close the journal, and give the trackers time to carry it."""
+        """Close the journal, and give the archive and the trackers time to finish."""
         self.watchdog.beat("trackers", self.position.step)
+        self.saver.close(0.0 if self.stop.received is not None else None)
         if self.journal is not None:
             self.journal.close()
         if self.trackers is not None:

@@ -13,9 +13,11 @@ import torch
 
 import configs
 from configs import ConfigError
+from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import write_durably
 from data_pipeline.stream import Stream, Validation
 from pretrain import checkpoint
+from pretrain.archive import bring_home
 from pretrain.attempt import Attempt
 from pretrain.checkpoint import Committed, Damaged, Position, Saver
 from pretrain.engine import Engine
@@ -134,8 +136,10 @@ def begin(
     past = ranks.first(lambda: _past(run, position.step))
     journal = _journal(run, ranks, course, chosen, branch, start, startup) if ranks.rank == 0 else None
     trackers = before.trackers if before is not None else None
-    if before is not None and before.journal is not None:
-        before.journal.close()
+    if before is not None:
+        before.saver.close(0.0)
+        if before.journal is not None:
+            before.journal.close()
     if trackers is None and journal is not None:
         trackers = start_trackers(run.track, run.run_folder)
     peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
@@ -154,7 +158,10 @@ def begin(
         attempt.saver.wait()
     else:
         attempt.saver.last_step = position.step
+        attempt.saver.archive()
     ranks.barrier()
+    if before is not None:
+        fail_at("rollback.begun")
     return attempt
 
 
@@ -178,6 +185,7 @@ def _past(run: TrainRun, step: int) -> Past:
 
 def _open_run(run: TrainRun) -> Start:
     """Rank 0: examine the run folder, and write down what the run is where it is new."""
+    _bring_home(run)
     start = examine(run)
     if start.fresh:
         run.run_folder.mkdir(parents=True, exist_ok=True)
@@ -209,15 +217,39 @@ def _named(run: TrainRun) -> Path | None:
     A job that is started again with the same configuration must not go back to it again.
     """
     folder, home = Path(run.resume).absolute(), run.run_folder.absolute() / "checkpoints"
+    if folder.parent != home and (home / folder.name).is_dir():
+        folder = home / folder.name  # brought home from an archive
     if folder.parent != home:
         raise ConfigError(f"resume: {run.resume}: not a checkpoint of this run; they lie in {home}")
-    lineage = Lineage(run.run_folder)
-    branches = lineage.branches()
-    if any(branches[number].why == _why(run) for number, _ in lineage.live()):
+    if _gone_on(run):
         return None
     if not folder.is_dir():
         raise ConfigError(f"resume: {run.resume}: no such checkpoint")
     return folder
+
+
+def _gone_on(run: TrainRun) -> bool:
+    """Whether the live lineage has gone on from what `resume` names already."""
+    lineage = Lineage(run.run_folder)
+    branches = lineage.branches()
+    return any(branches[number].why == _why(run) for number, _ in lineage.live())
+
+
+def _bring_home(run: TrainRun) -> None:
+    """Where `resume` names a checkpoint in an archive: copy it into the run, unless it lies there whole."""
+    name = Path(run.resume).name
+    home = run.run_folder / "checkpoints"
+    match = checkpoint.NAME.fullmatch(name)
+    if match is None or Path(run.resume).absolute().parent == home.absolute() or _gone_on(run):
+        return
+    if int(match[2]) not in Lineage(run.run_folder).branches():
+        raise ConfigError(f"resume: {run.resume}: {run.run_folder} has no branch {match[2]}; use fork_from")
+    if (home / name).is_dir() and not checkpoint.verify(home / name):
+        return
+    if (home / name).is_dir():
+        checkpoint.remove(home / name)
+    log.info("bringing %s home", run.resume)
+    bring_home(run.resume, home / name)
 
 
 def _why(run: TrainRun) -> str:
