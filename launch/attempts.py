@@ -24,6 +24,8 @@ NAME = re.compile(r"attempt-(\d+)")
 COMMITTED = re.compile(r"step-(\d+)\.b(\d+)")
 TASKS = re.compile(r"error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<end>.+)$")  # of srun: "n2: task 1: Killed"
 EXITED = re.compile(r"Exited with exit code (\d+)$")
+CANCELLED = re.compile(r"slurmstepd\S* error: \*\*\* \w+ \S+ ON \S+ CANCELLED AT \S+ DUE TO ([A-Z ]+)")
+TAIL_BYTES = 65536
 SHOWN_CHARACTERS = 300  # of a log's last line
 
 
@@ -89,8 +91,8 @@ class Attempt:
     def words_of(self, rank: int, where: str, end: str) -> str:
         """One line: a rank and the end of its log; where it said nothing, the end of rank 0's, else how it ended."""
         for speaker in dict.fromkeys((rank, 0)):
-            lines = _text(self.folder / f"rank-{speaker}.log").split("\n")
-            said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            lines = reversed(_tail(self.folder / f"rank-{speaker}.log").splitlines())
+            said = next((line.strip() for line in lines if line.strip() and not line.startswith("slurmstepd")), "")
             if said:
                 place = where if speaker == rank else ""
                 return f"rank {speaker}{place}: {mask_text(said)[:SHOWN_CHARACTERS]}"
@@ -103,8 +105,12 @@ class Attempt:
     def _srun_lines(self) -> list[str]:
         return _text(self.folder / SRUN_LOG).splitlines()
 
-    def srun_says(self, words: str) -> bool:
-        return words in _text(self.folder / SRUN_LOG)
+    def cancelled_for(self, log: Path) -> str:
+        """Why SLURM ended the job, in the words that it leaves in the logs of the job and its ranks; or empty."""
+        for path in (log, self.folder / "rank-0.log"):
+            if found := CANCELLED.findall(_tail(path).rpartition(f"attempt {self.number} on ")[2]):
+                return str(found[-1])
+        return ""
 
     def end(self, record: Mapping[str, Any]) -> bool:
         """Write end.json unless there is one; whether it was written. No second launcher changes what one has said."""
@@ -166,6 +172,16 @@ def write_once(path: Path, record: Mapping[str, Any]) -> bool:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _tail(path: Path) -> str:
+    """The end of a file that may be long."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
     except OSError:
         return ""
 

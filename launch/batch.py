@@ -81,7 +81,7 @@ class Batch:
         attempts = [attempt for attempt in self.attempts() if attempt.number <= number]
         attempt = attempts[-1]
         code = int(self.environment["code"])
-        cause = find_cause(attempt, self.environment)
+        cause = find_cause(attempt, self.environment, self.folder / f"{self.job}.log")
         if code > 128 or attempt.exit_codes():  # srun's own code is that of a signal, or the highest
             code = verdict(attempt.exit_codes())
         left = float(self.environment.get("LONGHAUL_END_TIME") or "inf") - time.time()
@@ -115,8 +115,8 @@ class Batch:
         return ",".join([*([self.settings["exclude"]] if self.settings.get("exclude") and nodes else []), *nodes])
 
 
-def find_cause(attempt: Attempt, environment: Mapping[str, str]) -> Cause:
-    """Which part SLURM had in an end, from what it says of the job, and from what srun said.
+def find_cause(attempt: Attempt, environment: Mapping[str, str], log: Path) -> Cause:
+    """Which part SLURM had in an end, from what it says of the job, and from what it left in the logs.
 
     A job that SLURM ends is COMPLETING by now; in the grace time of a preemption it still is RUNNING. The count of
     restarts rises as soon as SLURM requeues a job, so a higher one than ours means that it will start again, or has.
@@ -129,9 +129,12 @@ def find_cause(attempt: Attempt, environment: Mapping[str, str]) -> Cause:
     if get("job_state", "") in ("", "RUNNING"):
         preempted = get("job_preempted", "None") not in ("", "None")
         return "preempted" if preempted else "requeued" if get("told") and not get("job_state") else "itself"
-    if get("job_reason") == "TimeLimit" or attempt.srun_says("DUE TO TIME LIMIT"):
+    why = attempt.cancelled_for(log)
+    if get("job_reason") == "TimeLimit" or why.startswith("TIME LIMIT"):
         return "time limit"
-    return "preempted" if attempt.srun_says("DUE TO PREEMPTION") else "cancelled"
+    if why.startswith("NODE FAILURE"):
+        return "node failure"
+    return "preempted" if why.startswith("PREEMPTION") else "cancelled"
 
 
 def _say(message: str) -> None:

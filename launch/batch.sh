@@ -38,7 +38,8 @@ end_without_python() {
     [ "$restarts" -lt "$max_restarts" ] || by=''
     if [ "$told" ] && [ "$(field Reason)" != TimeLimit ]; then by=''; fi # cancelled, preempted: SLURM knows what follows
     case $by in chain) by=successor ;; none) by='' ;; esac
-    say "attempt $attempt ended with exit $code: ${by:-not to be started again}, by its exit code alone"
+    [ "$code" = 0 ] && follows=done || follows=${by:-not to be started again}
+    say "attempt $attempt ended with exit $code: $follows, by its exit code alone"
 }
 
 run_ranks() {

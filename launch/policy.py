@@ -113,7 +113,7 @@ def decide(end: End, attempts: Sequence[Attempt], rules: Rules) -> Decision:
     earlier = [attempt for attempt in attempts if attempt.ended]
     code = end.exit_code if end.exit_code is not None else STOPPED if end.cause in FREE else FAILED
     exclude = () if rules.restart == "here" else excluded(attempts)
-    words = f" ({end.words})" if end.words and code not in GOOD else ""
+    words = f" ({end.words})" if end.words and end.cause in ("itself", "lost") and code not in GOOD else ""
 
     def stop(why: str, code: int = code) -> Decision:
         return Decision("stop", code, f"{why}{words}", exclude=exclude)

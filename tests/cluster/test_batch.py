@@ -106,21 +106,22 @@ def test_cancelled_is_not_started_again(cluster: Cluster, submit: Submit, job: M
     wait_for_ranks(cluster, made, 1)
     cluster.run(f"scancel {number}")
     assert cluster.wait(number, ENDED) == "CANCELLED"
-    assert "attempt 1 ended with exit 3: ended by SLURM, which knows what follows" in log_of(made, number)
+    assert "attempt 1 ended with exit 3: cancelled, not to be started again" in log_of(made, number)
 
 
 def test_exit_code_of_one_rank_is_that_of_the_job(cluster: Cluster, submit: Submit, job: MakeJob) -> None:
     made = job("import os, time\nos._exit(5) if os.environ['SLURM_PROCID'] == '1' else time.sleep(1000)")
     number = submit(Slurm(nodes=2), made)
     assert cluster.wait(number, ENDED) == "FAILED"
-    assert "attempt 1 ended with exit 5: not to be started again" in log_of(made, number)
+    why = "not to be started again: out of memory, as the next start would be (rank 1 on n2: "
+    assert f"attempt 1 ended with exit 5: {why}" in log_of(made, number)
 
 
 def test_restarts_come_to_an_end(cluster: Cluster, submit: Submit, job: MakeJob) -> None:
     made = job("raise SystemExit(1)")
     number = submit(Slurm(restarts=0), made)
     assert cluster.wait(number, ENDED) == "FAILED"
-    assert "ended with exit 1: not started again after 0 restarts; see " in log_of(made, number)
+    assert "ended with exit 1: not started again after 0 restarts (rank 0 on n1: " in log_of(made, number)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The launcher of this machine, with small scripts for ranks."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import ConfigError
 from launch.job import Job
 from launch.local import Local
 
@@ -108,6 +110,33 @@ def test_not_started_again(job: Callable[[str], Job], code: int, restarts: int, 
     made = job(f"raise SystemExit({code})")
     assert Local(restarts=restarts).start(made) == code
     assert len(list(made.logs.iterdir())) == attempts
+
+
+def test_crash_loop(job: Callable[[str], Job], capfd: pytest.CaptureFixture[str]) -> None:
+    made = job("raise ValueError('the cause')")
+    assert Local(ranks=2, restarts=9, grace_s=0.1).start(made) == 8
+    assert sorted(folder.name for folder in made.logs.iterdir()) == ["attempt-1", "attempt-2", "attempt-3"]
+    why = "crash loop: 3 bad ends in a row, not one checkpoint (rank "
+    assert f"launch: attempt 3 ended with exit 8: {why}" in capfd.readouterr().err
+    end = json.loads((made.logs / "attempt-3" / "end.json").read_text())
+    assert end["why"].endswith(": ValueError: the cause)")
+    begun = json.loads((made.logs / "attempt-3" / "attempt.json").read_text())
+    assert (begun["restarts"], begun["ranks"], begun["launcher"], begun["job"]) == (2, 2, "local", None)
+
+
+def test_one_launcher_at_a_time(job: Callable[[str], Job]) -> None:
+    made = job(WAIT)
+    launcher = start_apart(Local(), made)
+    with pytest.raises(ConfigError) as caught:
+        Local().start(made)
+    assert f"{made.run_folder}: a launcher runs it (host " in str(caught.value)
+    assert f", pid {launcher.pid}); wait for its end, or stop it: launch stop {made.run_folder}" in str(caught.value)
+    launcher.kill()
+    launcher.wait()
+    again = Job(made.name, made.run_folder, made.folder.with_name("2"), "", ("-c", "pass"))
+    assert Local().start(again) == 0
+    end = json.loads((made.logs / "attempt-1" / "end.json").read_text())
+    assert (end["cause"], end["exit_code"]) == ("lost", None)
 
 
 def test_a_stop_goes_on_to_the_ranks_and_is_final(job: Callable[[str], Job]) -> None:

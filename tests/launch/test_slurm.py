@@ -10,6 +10,7 @@ import configs
 from launch.cli import Where
 from launch.job import Job
 from launch.slurm import Slurm, SlurmError
+from pretrain.track.journal import Journal
 
 FULL = """
 kind: slurm
@@ -98,6 +99,64 @@ def test_requeue_follows_the_policy(job: Job, restart: str, flag: str) -> None:
 def test_no_secret_in_the_script(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "planted-secret")
     assert "planted-secret" not in Slurm().show(job)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"setup": ["module load x", "export WANDB_API_KEY=planted"]}, "setup: holds a secret, WANDB_API_KEY"),
+        (
+            {"setup": ["git clone https://me:planted@lab.example/x"]},
+            "setup: holds a secret, an address with credentials",
+        ),
+        ({"python": "env HF_TOKEN=planted python"}, "python: holds a secret, HF_TOKEN"),
+        ({"sbatch": {"export": "MY_SECRET=planted"}}, "sbatch: holds a secret, MY_SECRET"),
+    ],
+)
+def test_a_secret_in_the_settings_is_refused(settings: dict[str, object], found: str) -> None:
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.build(Slurm, settings, "test")
+    assert f"{found}, and would be readable in the batch script; export it before `launch submit`" in str(caught.value)
+    assert "planted" not in str(caught.value)
+
+
+def test_what_only_names_a_secret_is_none() -> None:
+    Slurm(setup=["export WANDB_API_KEY=$(cat ~/.key)", 'export HF_TOKEN="$TOKEN"', "export MAX_TOKENS=5"])
+
+
+def test_the_lead_follows_from_the_saves(job: Job) -> None:
+    def lead(**settings: int) -> str:
+        [line] = [line for line in Slurm(**settings).show(job).splitlines() if "--signal" in line]
+        return line.removeprefix("#SBATCH --signal=USR2@")
+
+    assert lead() == "120"
+    assert lead(minutes=2) == "60"
+    journal = Journal(job.run_folder, 1)
+    for seconds in (100.0, 12.0, 200.0):
+        journal.checkpoint(1, "ready", "x", "0", seconds=seconds)
+    assert lead() == "430"
+    for _ in range(20):
+        journal.checkpoint(2, "ready", "x", "0", seconds=2.0)
+    Journal(job.run_folder, 2).checkpoint(3, "ready", "x", "0", seconds=20.0)
+    assert lead() == "70"
+    assert lead(minutes=2) == "60"
+    assert lead(signal_lead_s=33) == "33"
+
+
+def test_spare_nodes_are_asked_for(job: Job) -> None:
+    script = Slurm(nodes=4, spare_nodes=1).show(job)
+    assert "#SBATCH --nodes=5\n" in script
+    assert "#SBATCH --no-kill\n" in script
+    assert "wanted=4\n" in script
+    assert "--no-kill" not in Slurm(nodes=4).show(job)
+
+
+def test_odd_names_of_folders(tmp_path: Path) -> None:
+    run = tmp_path / 'Ünïcødé\'s "run" $HOME'
+    script = Slurm().show(Job("r", run, run / "submissions" / "1", "", ("-c", "pass")))
+    [line] = [line for line in script.splitlines() if line.startswith("logs=")]
+    shown = subprocess.run(["bash", "-c", f'{line}; printf %s "$logs"'], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{run}/logs"
 
 
 def test_sbatch_missing(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
