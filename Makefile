@@ -1,9 +1,9 @@
-# make demo | test | lint | check | bench. Each does its own set-up: .venv, pinned by constraints.txt.
+# make demo | test | lint | check | bench | soak. Each does its own set-up: .venv, pinned by constraints.txt.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test lint check bench debian-packages
+.PHONY: demo test lint check bench soak debian-packages
 READY := .venv/ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
@@ -23,6 +23,9 @@ check: lint test  # what CI runs
 
 bench: $(READY)
 	for script in benchmarks/[a-z]*.py; do .venv/bin/python -m "benchmarks.$$(basename "$$script" .py)"; done
+
+soak: $(READY) debian-packages  # half an hour of training under faults on a real SLURM
+	.venv/bin/python -m tests.cluster.soak $(SOAK)
 
 $(READY): pyproject.toml constraints.txt
 	@for python in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do

@@ -276,7 +276,8 @@ def _step(
     sums: _Sums,
 ) -> float:
     """One record of `steps` that end with it; the seconds that are known."""
-    spent = _spent(record) or {"train": max(0.0, wall)}  # a journal of an older version has no `spent`
+    older = "spent" not in record.fields  # of an older version
+    spent = {"train": max(0.0, wall)} if older else _spent(record)
     known = sum(sums.add(part, value) for part, value in spent.items() if part != "train")
     train = max(0.0, spent.get("train", 0.0))
     train -= sums.add("first_step", min(max(0.0, warm_up), train))
