@@ -60,13 +60,15 @@ class History:
         return bool(self.submissions) and self.submissions[-1].stop_asked
 
 
-def launched(attempt: Attempt) -> Launched:
-    """An attempt for the account of the run's time."""
+def launched(attempt: Attempt) -> Launched | None:
+    """An attempt for the account of the run's time; None where nobody wrote when it began."""
     code = attempt.ended.get("exit_code")
     final = code in (DONE, INTERRUPTED) or (code == STOPPED and attempt.ended.get("action") == "stop")
     why = str(attempt.ended.get("why") or (f"exit {code}" if code is not None else "lost"))
     began, queued, ended = attempt.begun.get("began"), attempt.begun.get("queued"), attempt.ended.get("ended")
-    return Launched(attempt.number, _time(began) or 0.0, _time(queued), _time(ended), why, final)
+    if (began := _time(began)) is None:
+        return None
+    return Launched(attempt.number, began, _time(queued), _time(ended), why, final)
 
 
 def find_run(path: Path) -> Path:

@@ -89,6 +89,8 @@ def _running(history: History, newest: list[Record], fresh: bool) -> str:
         return "ending"
     if history.stop_asked:
         return "stopping"
+    if history.attempts and history.attempts[-1].ended:
+        return "starting"  # the next one
     if not (_is_of(newest, history.attempts[-1:]) and any(record.type == "step" for record in newest)):
         return "starting"
     return "running" if fresh else "stalled"

@@ -151,7 +151,7 @@ def _look(history: History, answer: Answer, now: float) -> Status:
 
 
 def _account(history: History, state: State, records: list[Record], branches: journal.Lineage, now: float) -> Account:
-    attempts = map(launched, history.attempts)
+    attempts = [found for attempt in history.attempts if (found := launched(attempt)) is not None]
     if state.name != "pending":
         return account(records, branches, attempts, now if state.alive else None)
     since = [job.submitted for job in state.jobs if job.submitted is not None]

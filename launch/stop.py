@@ -18,6 +18,8 @@ from launch.status import Status, look
 POLL_S = 1.0
 ASK_AGAIN_S = 5.0  # ranks that were only starting when they were told may not have heard it
 
+OVER_ALREADY = ("invalid job id specified", "already completing or completed")  # in SLURM's words
+
 
 def stop(folder: Path, wait: bool, say: Callable[[str], None]) -> Status:
     """Ask a run to save and stop; with `wait`, return when it is over. Its status then. Raises LaunchError.
@@ -80,7 +82,7 @@ def _ask(status: Status) -> None:
     if not state.jobs:
         problems.append(f"cannot be reached from here: {state.detail}")
     for problem in problems:
-        if problem is not None and not problem.lower().endswith("invalid job id specified"):
+        if problem is not None and not any(words in problem.lower() for words in OVER_ALREADY):
             raise LaunchError(f"{status.run}: {problem}")
 
 

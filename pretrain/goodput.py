@@ -212,7 +212,9 @@ def _usual_step(attempts: Sequence[_Attempt]) -> float | None:
         steps = [record for record in attempt.records if record.type == "step"]
         for before, record in itertools.pairwise(steps):
             if before.branch == record.branch and record.step > before.step:
-                found.append(_spent(record).get("train", 0.0) / (record.step - before.step))
+                spent = record.fields.get("spent")
+                train = _number(spent.get("train")) if isinstance(spent, dict) else None
+                found.append(max(0.0, train or 0.0) / (record.step - before.step))
     return statistics.median(found) if found else None
 
 
@@ -282,12 +284,16 @@ def _step(
     train = max(0.0, spent.get("train", 0.0))
     train -= sums.add("first_step", min(max(0.0, warm_up), train))
     last = live.get(record.branch, -math.inf)
-    bad = sum((record.branch, step) in skipped for step in steps)
-    good = sum(step <= last and (record.branch, step) not in skipped for step in steps)
-    each = train / len(steps)
+    count = len(steps)
+    bad = sum((record.branch, step) in skipped for step in steps) if skipped else 0
+    if steps[-1] <= last:
+        good = count - bad
+    else:
+        good = sum(step <= last and (record.branch, step) not in skipped for step in steps)
+    each = train / count
     sums.add("skipped", each * bad)
     sums.add("train", each * good)
-    sums.add("redone", each * (len(steps) - bad - good))
+    sums.add("redone", each * (count - bad - good))
     return known + max(0.0, spent.get("train", 0.0))
 
 

@@ -203,6 +203,27 @@ def test_bare_pretrain_train(run: RunFolder) -> None:
     assert status(run).state.name == "stopped"
 
 
+@pytest.mark.parametrize("leap", [-1e5, 1e5])
+def test_a_clock_that_was_set(run: RunFolder, leap: float) -> None:
+    """The launcher's clock is another one than that of who asks, and of the ranks."""
+    run.attempt(began=time.time() + leap, queued=time.time())
+    run.train(range(1, 11))
+    run.save(8, branch=1)
+    tree = status(run, time.time() - leap).tree()
+    assert tree["eta_s"] is None or tree["eta_s"] >= 0
+    assert tree["checkpoint"]["age_s"] >= 0
+    assert tree["record_age_s"] >= 0
+    assert all(value >= 0 for value in (*tree["seconds"].values(), *tree["start_seconds"].values()))
+    assert tree["step"] == 10
+
+
+def test_between_two_attempts_it_is_starting(run: RunFolder) -> None:
+    run.attempt()
+    run.train(range(1, 11))
+    run.end(1, "restart")
+    assert status(run).state.name == "starting"
+
+
 # --- SLURM that fails -----------------------------------------------------------------------------------------------
 
 
