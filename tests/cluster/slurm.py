@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -186,13 +187,14 @@ class Cluster:
         """Bring a lost node back, with nothing left on it."""
         self.crash_node(node)
         self.start_node(node)
-        self.until(f"{node} answers", lambda: "*" not in self.node_state(node))
-        if self.node_state(node) == "down":
+        self.until(f"{node} answers", lambda: not re.search(r"\*|not_responding", self.node_state(node)))
+        if self.node_state(node).startswith("down"):
             self.run(f"scontrol update nodename={node} state=resume")
         self.until(f"{node} idle", lambda: self.node_state(node) == "idle")
 
     def node_state(self, node: str) -> str:
-        return self.run(f"sinfo --noheader --nodes={node} --partition=main --format=%T")
+        """As idle, mixed, down*, idle+completing. `sinfo` may go on showing a node as allocated for a minute."""
+        return self.run(f"scontrol --oneliner show node {node}").partition(" State=")[2].split(" ")[0].lower()
 
     def run(self, command: str) -> str:
         """The output of a SLURM command. Raises CalledProcessError."""
