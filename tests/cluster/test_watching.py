@@ -133,6 +133,21 @@ def test_what_waits_is_taken_out_of_the_queue(cluster: Cluster, tmp_path: Path) 
     assert cluster.state(job) == "CANCELLED"
 
 
+def test_a_chain_is_stopped_whole(cluster: Cluster, tmp_path: Path) -> None:
+    config = write_small_run(tmp_path, steps=20_000)
+    job = submit(config, "launcher.restart=chain")
+    tree = wait_for(config, {"running"}, attempt=1, step=5)
+    assert (tree["job"], tree["notes"]) == (job, [])
+    done = launch("stop", config, "--json")
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)
+    assert (tree["state"], tree["attempt"]) == ("stopped", 1)
+    assert tree["checkpoint"]["step"] == tree["step"]
+    [first, follower] = (tmp_path / "run" / "submissions" / "1" / "jobs").read_text().split()
+    assert first == job
+    assert cluster.wait(follower, {"CANCELLED"})
+
+
 def test_cancelled_behind_our_back(cluster: Cluster, tmp_path: Path) -> None:
     config = write_small_run(tmp_path, steps=1000)
     job = submit(config, "launcher.sbatch={hold: 'true'}")
