@@ -89,7 +89,8 @@ class Batch:
         end = End(
             code, cause, attempt.last_words(), newest_step(self.run_folder),
             failed_nodes=tuple(dict.fromkeys([*attempt.failed_nodes(), *(n for n in attempt.nodes if n in self.dead)])),
-            stop=(self.folder / STOP).exists(), good_nodes=self.good_nodes(), time_left=left > LEAST_LEFT_S,
+            requeued=requeued(self.environment), stop=(self.folder / STOP).exists(),
+            good_nodes=self.good_nodes(), time_left=left > LEAST_LEFT_S,
             successor=self.environment.get("next", ""),
         )  # fmt: skip
         decision = decide(end, attempts, self.rules)
@@ -115,14 +116,18 @@ class Batch:
         return ",".join([*([self.settings["exclude"]] if self.settings.get("exclude") and nodes else []), *nodes])
 
 
+def requeued(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM has put the job back: it counts a restart as soon as it decides on it."""
+    return int(environment.get("job_restarts") or 0) > int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
 def find_cause(attempt: Attempt, environment: Mapping[str, str], log: Path) -> Cause:
     """Which part SLURM had in an end, from what it says of the job, and from what it left in the logs.
 
-    A job that SLURM ends is COMPLETING by now; in the grace time of a preemption it still is RUNNING. The count of
-    restarts rises as soon as SLURM requeues a job, so a higher one than ours means that it will start again, or has.
+    A job that SLURM ends is COMPLETING by now; in the grace time of a preemption it still is RUNNING.
     """
     get = environment.get
-    if int(get("job_restarts") or 0) > int(get("SLURM_RESTART_COUNT") or 0):
+    if requeued(environment):
         return "node failure" if attempt.failed_nodes() else "requeued"
     if attempt.failed_nodes():
         return "node failure"

@@ -105,7 +105,7 @@ while :; do
     [ "$action" = run ] || break
     output=$logs/attempt-$attempt
     export LONGHAUL_ATTEMPT=$attempt
-    export MASTER_ADDR=${ranks_on%%,*} MASTER_PORT=$((10000 + (SLURM_JOB_ID * 16 + attempt) % 20000))
+    export MASTER_ADDR=${ranks_on%%,*} MASTER_PORT=$((10000 + RANDOM % 20000))
     say "attempt $attempt on $ranks_on, output in $output"
     if [ "$restart" = chain ] && [ -z "$started" ]; then
         submit --dependency="afternotok:$SLURM_JOB_ID" --kill-on-invalid-dep=yes # now: a lost node cannot prevent it

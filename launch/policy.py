@@ -64,6 +64,7 @@ class End:
     words: str = ""  # of the rank that failed first
     step: int = -1  # of the newest live checkpoint
     failed_nodes: tuple[str, ...] = ()
+    requeued: bool = False  # SLURM has put the job back into its queue, whatever the cause
     stop: bool = False  # `launch stop` was asked for
     good_nodes: tuple[str, ...] = ()  # of this allocation, those not down; empty where it is over
     time_left: bool = True  # the allocation lasts long enough for another attempt
@@ -152,7 +153,7 @@ def _restart(end: End, rules: Rules, exclude: tuple[str, ...], restart: str, wor
     nodes = tuple(node for node in end.good_nodes if node not in exclude)[: rules.nodes]
     if rules.restart == "here":
         return again("starting again", "here")
-    if end.cause == "requeued":
+    if end.requeued or end.cause == "requeued":
         return again("requeued by SLURM", "slurm")
     if end.cause in ("itself", "node failure") and code != STOPPED and len(nodes) == rules.nodes and end.time_left:
         return again(f"starting again at once on {', '.join(nodes)}", "here")

