@@ -11,7 +11,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
 demo: $(READY)
 	@.venv/bin/python -m launch.demo
 
-test: $(READY)
+test: $(READY) debian-packages
 	.venv/bin/pytest -n 2 --dist loadfile -rs
 
 lint: $(READY)
