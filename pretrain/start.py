@@ -99,7 +99,6 @@ def begin(
     before: Attempt | None = None,
 ) -> Attempt:
     """Begin an attempt: its course, engine, checkpoint, branch. `before`: the one that a rollback has just ended."""
-    _set_up_logging(ranks)
     watchdog.beat("start", 0)
     start: Start = ranks.first(lambda: _open_run(run))
     course = plan_course(run, start.records)
@@ -217,7 +216,7 @@ def _named(run: TrainRun) -> Path | None:
     A job that is started again with the same configuration must not go back to it again.
     """
     folder, home = Path(run.resume).absolute(), run.run_folder.absolute() / "checkpoints"
-    if folder.parent != home and (home / folder.name).is_dir():
+    if folder.parent != home and _lies_in_archive(run) and (home / folder.name).is_dir():
         folder = home / folder.name  # brought home from an archive
     if folder.parent != home:
         raise ConfigError(f"resume: {run.resume}: not a checkpoint of this run; they lie in {home}")
@@ -235,12 +234,19 @@ def _gone_on(run: TrainRun) -> bool:
     return any(branches[number].why == _why(run) for number, _ in lineage.live())
 
 
+def _lies_in_archive(run: TrainRun) -> bool:
+    """Whether `resume` names something that is there; of an address that is no path, the copying finds out."""
+    return "://" in run.resume or (Path(run.resume) / "MANIFEST.json").is_file()
+
+
 def _bring_home(run: TrainRun) -> None:
     """Where `resume` names a checkpoint in an archive: copy it into the run, unless it lies there whole."""
     name = Path(run.resume).name
     home = run.run_folder / "checkpoints"
     match = checkpoint.NAME.fullmatch(name)
     if match is None or Path(run.resume).absolute().parent == home.absolute() or _gone_on(run):
+        return
+    if not _lies_in_archive(run):
         return
     if int(match[2]) not in Lineage(run.run_folder).branches():
         raise ConfigError(f"resume: {run.resume}: {run.run_folder} has no branch {match[2]}; use fork_from")
@@ -356,9 +362,3 @@ def _on_removed(journal: Journal | None, folder: Path) -> None:
 def _warn(ranks: Ranks, line: str, level: int = logging.WARNING) -> None:
     if ranks.rank == 0:
         log.log(level, "%s", line)
-
-
-def _set_up_logging(ranks: Ranks) -> None:
-    name = "" if ranks.size == 1 else f" rank {ranks.rank}"
-    logging.basicConfig(format=f"%(asctime)s{name} %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)

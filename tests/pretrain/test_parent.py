@@ -50,8 +50,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def refused(config: Path, *overrides: str) -> str:
     started = Started(config, 1, *overrides)
     assert started.wait() == [2], started.text
-    (line,) = started.text.splitlines()
-    return line.removeprefix("pretrain: ")
+    return started.text.splitlines()[-1].removeprefix("pretrain: ")
 
 
 def test_forked_at_the_parent_s_position_is_the_same_run_to_the_last_bit(parent: Path, tmp_path: Path) -> None:
