@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def gathered(ranks: Ranks, engine: Engine) -> dict[str, torch.Tensor]:
     for f in state.owned:
         for kind, flat in state.flats[f.flat].items():
             whole[f"{f.name}/{kind}"][f.start : f.start + f.numel] += flat[f.offset : f.offset + f.numel].cpu()
-    return {key: ranks.sum(value) for key, value in whole.items()}
+    summed = ranks.sum(torch.cat(list(whole.values())))  # in one, as collectives are slow where cores are few
+    parts = torch.split(summed, [value.numel() for value in whole.values()])
+    return dict(zip(whole, parts, strict=True))
 
 
 def save_and_go_on(ranks: Ranks, engine: Torch | DeepSpeed, folder: Path) -> dict[str, Any]:
@@ -128,3 +131,51 @@ def decays(ranks: Ranks, engine: Torch | DeepSpeed) -> list[tuple[float, float]]
     live.step(batches(ranks, 0, 2), GLOBAL_ROWS * LENGTH, Rates(lr=5e-4, weight_decay=0.25))
     optimizer = live.optimizer if isinstance(live, PlainEngine) else live.engine.optimizer  # type: ignore[attr-defined]
     return sorted((group["lr"], group["weight_decay"]) for group in optimizer.param_groups)
+
+
+ENGINES = [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+
+
+def state_hash(ranks: Ranks, engine: Engine) -> str:
+    """Of every master and moment, gathered."""
+    digest = hashlib.sha256()
+    for key, value in sorted(gathered(ranks, engine).items()):
+        digest.update(key.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_with_every_engine(ranks: Ranks, precision: str, folder: Path) -> dict[str, tuple[str, list[float]]]:
+    """Each engine's checkpoint after three steps: by its folder's name, the gathered state and the next loss."""
+    found = {}
+    for kind, stage in ENGINES:
+        place = folder / f"{kind}-{stage}-on-{ranks.size}"
+        live = make(ranks, settings(kind, precision, stage))
+        train(ranks, live, range(3))
+        if ranks.rank == 0:
+            Lineage(place).take(None, 0, None, "test")
+        ranks.barrier()
+        saver = Saver(place, Checkpoints(), 1, ranks.rank, ranks.size, {})
+        state = state_hash(ranks, live)
+        saver.save(live.state(), Position(3, 3 * GLOBAL_ROWS, 0, "0" * 32), digest_share=1)
+        saver.wait()
+        found[place.name] = (state, train(ranks, live, range(3, 4)))
+    return found
+
+
+def load_with_every_engine(ranks: Ranks, precision: str, folder: Path) -> dict[str, tuple[str, list[float]]]:
+    """Each engine loads what each engine saved, one after the other into the same one, as a rollback does.
+
+    On how many ranks it was saved goes round, so that all pairs of engines and of ranks are met. By
+    `checkpoint into engine`: the gathered state and the next loss.
+    """
+    found = {}
+    for i, (kind, stage) in enumerate(ENGINES):
+        live = make(ranks, settings(kind, precision, stage))
+        for j, (saved_kind, saved_stage) in enumerate(ENGINES):
+            place = folder / f"{saved_kind}-{saved_stage}-on-{(i + j + ranks.size) % 4 + 1}"
+            state = live.state()
+            checkpoint.load(checkpoint.open_checkpoint(checkpoint.live_checkpoints(place)[0]), state)
+            live.loaded(state)
+            here = f"{place.name} into {kind}-{stage}-on-{ranks.size}"
+            found[here] = (state_hash(ranks, live), train(ranks, live, range(3, 4)))
+    return found

@@ -64,12 +64,6 @@ SAVED_AND_LOADED = [
     (("deepspeed", "bf16", 1, 2), ("deepspeed", "bf16", 1, 2)),
     (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 2)),
     (("deepspeed", "bf16", 3, 2), ("deepspeed", "bf16", 3, 2)),
-    (("deepspeed", "fp32", 1, 2), ("deepspeed", "fp32", 1, 1)),
-    (("deepspeed", "fp32", 1, 1), ("deepspeed", "fp32", 1, 2)),
-    (("deepspeed", "fp32", 1, 2), ("deepspeed", "fp32", 1, 3)),
-    (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 1)),
-    (("deepspeed", "fp32", 3, 1), ("deepspeed", "fp32", 3, 2)),
-    (("deepspeed", "fp32", 3, 2), ("deepspeed", "fp32", 3, 3)),
     (("deepspeed", "bf16", 2, 2), ("deepspeed", "bf16", 3, 3)),
     (("deepspeed", "bf16", 3, 3), ("torch", "bf16", 0, 1)),
     (("torch", "fp32", 0, 1), ("deepspeed", "fp32", 0, 2)),
@@ -91,3 +85,19 @@ def test_any_engine_on_any_ranks_loads_any_checkpoint(
         assert after["losses"] == before["losses"]
         assert all(torch.equal(value, after["end"][key]) for key, value in before["end"].items())
     assert after["losses"] == pytest.approx(before["losses"], abs=LOSS_TOLERANCE[precision])
+
+
+def test_every_engine_on_1_to_4_ranks_loads_what_every_other_saved(tmp_path: Path) -> None:
+    """64 ways: weights and moments equal to the last bit when gathered, losses within the precision."""
+    precision = "fp32"
+    saved: dict[str, tuple[str, list[float]]] = {}
+    for ranks in range(1, 5):
+        saved |= on_ranks(tmp_path, ranks, cases.save_with_every_engine, precision, tmp_path)[0]
+    assert len(saved) == 16
+    for ranks in range(1, 5):
+        loaded = on_ranks(tmp_path, ranks, cases.load_with_every_engine, precision, tmp_path)[0]
+        assert len(loaded) == 16
+        for way, (state, losses) in loaded.items():
+            expected_state, expected = saved[way.split(" into ")[0]]
+            assert state == expected_state, way
+            assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE[precision]), way
