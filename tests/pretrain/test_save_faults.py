@@ -165,6 +165,7 @@ def commit(folder: Path, step: int, ranks: int = 1) -> None:
     savers = [Saver(folder, Checkpoints(), 1, rank, ranks, {"identity": {}}) for rank in range(ranks)]
     for rank, saver in enumerate(savers):
         saver.save(make_state(rank, ranks, step), Position(step, step, step, "0" * 32), 0)
+    assert all(saver.done(60.0) for saver in savers)  # as the next save of each rank would wait
     for saver in savers:
         saver.wait()
 
