@@ -113,6 +113,7 @@ class Attempt:
         """Tell the other ranks of the step that was just made, and read what they told of the one before."""
         self.ledger.add("train", seconds)
         self.ledger.add("data", waited)
+        self.watchdog.started()
         if self.position.step == self.first_step + 1 and self.journal is not None:
             self.journal.event(self.position.step, "first_step", f"first step in {seconds:.1f} s", seconds=seconds)
         error = self.saver.poll()

@@ -47,7 +47,8 @@ class Guard(Section):
     spike_sigmas: Float = Field(default=6.0, gt=0)  # how far loss or gradient norm lie above the steps before
     spike_window_steps: Int = Field(default=128, ge=8)
     rollback: Rollback | None = None
-    hang_timeout_s: Float = Field(default=1800.0, gt=0)  # without progress of this rank, compiling included
+    hang_timeout_s: Float = Field(default=600.0, gt=0)  # without progress of a rank
+    start_timeout_s: Float = Field(default=1800.0, gt=0)  # the same until the first step is done, which may compile
     rendezvous_timeout_s: Float = Field(default=600.0, gt=0)  # until every rank has come
     check_weights_every_steps: Int | None = Field(default=500, gt=0)  # that they are equal on all ranks
     slow_rank_factor: Float = Field(default=1.5, gt=1)  # of the median rank's own time, over 50 steps

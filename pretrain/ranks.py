@@ -21,7 +21,7 @@ from configs import ConfigError
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT_S = 600.0
-COLLECTIVE_TIMEOUT_S = 3600.0  # the watchdog comes first
+COLLECTIVE_TIMEOUT_S = 3600.0
 
 
 class AbsentRanks(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from data_pipeline.failpoints import fail_at
 from pretrain import checkpoint
 from pretrain.attempt import Attempt
 from pretrain.checkpoint import Committed, Damaged
@@ -52,11 +53,13 @@ def _commit(a: Attempt, settings: Rollback, bad: tuple[int, int], why: str) -> t
     lineage.check(a.saver.branch)
     text = f"{WHY}: {why}; samples {begin} to {end - 1} skipped"
     branch = lineage.take(good.branch, good.position.step, good.manifest_hash, text)
+    fail_at("rollback.branch_taken")
     segments = Segments(run_folder)
     newest = segments.read()[-1]
     from_sample = max(newest.from_sample, good.position.samples)
     record = replace(newest, segment=newest.segment + 1, from_sample=from_sample, changes=[], skips=[(begin, end)])
     segments.write(record)
+    fail_at("rollback.committed")
     return "", {"to_step": good.position.step, "begin": begin, "end": end, "new_branch": branch.branch}
 
 

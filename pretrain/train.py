@@ -26,13 +26,15 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     """Train until the run's tokens are consumed or something ends the attempt; the exit code (see `guard`)."""
     startup = Startup()
     try:
-        ranks = Ranks.join(run.guard.rendezvous_timeout_s, 2 * run.guard.hang_timeout_s + 60)
+        longest = max(run.guard.start_timeout_s, run.guard.hang_timeout_s)
+        ranks = Ranks.join(run.guard.rendezvous_timeout_s, 2 * longest)  # the watchdog comes before
     except AbsentRanks as error:
         for rank, host in error.absent.items():
             accuse(run.run_folder, rank, host, "absent at the rendezvous")
         raise
     startup.mark("rendezvous")
-    watchdog = Watchdog(ranks, run.run_folder, run.guard.hang_timeout_s)
+    _set_up_logging(ranks)
+    watchdog = Watchdog(ranks, run.run_folder, run.guard.start_timeout_s, run.guard.hang_timeout_s)
     attempt: Attempt | None = None
     try:
         run.preflight.check(ranks, run.run_folder)
@@ -77,3 +79,9 @@ def _loop(a: Attempt) -> int:
         if last or a.due(settings.evaluation.every_steps):
             a.evaluate()
     return a.end(Ending(guard.DONE, a.end_reason))
+
+
+def _set_up_logging(ranks: Ranks) -> None:
+    name = "" if ranks.size == 1 else f" rank {ranks.rank}"
+    logging.basicConfig(format=f"%(asctime)s{name} %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)

@@ -1,10 +1,11 @@
 """The watchdog: ends a rank that makes no progress, with every rank's stack in its log and the suspect named.
 
-Every rank beats: at each step, batch of an evaluation, and wait for a save. A thread of each rank publishes its beats
-in the store of the rendezvous. When a rank has not beaten for the timeout, all ranks write their stacks, look whose
-thread no longer publishes (its process is stopped, its node is gone), else who is behind, and end with exit 4. A rank
-whose interpreter is stuck in native code cannot run the thread: Python's fault handler, which needs no interpreter,
-then writes its stacks and ends it.
+Every rank beats: at each step, batch of an evaluation, and wait for a save. One thread watches the time since the last
+beat; another, the gossip, publishes the beats in the store of the rendezvous, where it may block when rank 0 is away.
+When a rank has not beaten for the timeout, all ranks write their stacks, look whose gossip is silent (its process is
+stopped, its node is gone), else who is behind, and end with exit 4. A rank that is stuck in native code and holds the
+interpreter cannot run the thread: Python's fault handler, which needs no interpreter, then writes its stacks and ends
+it with exit 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from pretrain.suspects import accuse
 
 log = logging.getLogger("pretrain")
 
-STORE_TIMEOUT = timedelta(seconds=5)
+STORE_TIMEOUT = timedelta(seconds=60)
+READINGS = 4  # of everyone's beats, an interval apart: who has not published from the first to the last is silent
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,60 @@ class Beat:
     count: int  # beats so far
     phase: str
     step: int
-    published: int = 0  # how often the thread has published: it stands still where the process does
+    published: int = 0  # how often it has been published: stands still where the process does
+
+
+NEVER = Beat(0, "start", 0, -1)
+
+
+class Gossip(threading.Thread):
+    """Publishes this rank's beats, hears the alarm of any rank, and reads everyone's beats when asked to."""
+
+    def __init__(self, ranks: Ranks, interval_s: float, beat: Callable[[], Beat]) -> None:
+        super().__init__(name="longhaul-gossip", daemon=True)
+        self.ranks, self.interval_s, self.beat = ranks, interval_s, beat
+        self.alarm = False  # some rank hangs
+        self.sounds_alarm = False  # this one does
+        self.readings: list[dict[int, Beat]] | None = None
+
+    def run(self) -> None:
+        with contextlib.suppress(Exception):  # rank 0 is gone: nobody hears anybody
+            store = self.ranks.another_store(STORE_TIMEOUT)
+            published = 0
+            while store is not None:
+                published += 1
+                store.set(f"beat/{self.ranks.rank}", json.dumps(asdict(replace(self.beat(), published=published))))
+                if self.sounds_alarm:
+                    store.set("hang", "1")
+                self.alarm = self.alarm or store.check(["hang"])
+                if self.readings is not None:
+                    self.readings.append(self._read(store))
+                time.sleep(self.interval_s)
+
+    def listen(self) -> list[dict[int, Beat]]:
+        """READINGS of everyone's beats; fewer where rank 0 does not answer."""
+        self.readings = []
+        deadline = time.monotonic() + 2 * READINGS * self.interval_s + 5
+        while len(self.readings) < READINGS and time.monotonic() < deadline:
+            time.sleep(self.interval_s / 5)
+        return list(self.readings)
+
+    def _read(self, store: Store) -> dict[int, Beat]:
+        keys = {rank: f"beat/{rank}" for rank in range(self.ranks.size)}
+        return {rank: Beat(**json.loads(store.get(key))) for rank, key in keys.items() if store.check([key])}
 
 
 class Watchdog:
     """Watches this rank, and asks the others' watchdogs when it is stuck."""
 
-    def __init__(self, ranks: Ranks, run_folder: Path, timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, run_folder: Path, start_timeout_s: float, timeout_s: float) -> None:
         self.ranks, self.run_folder, self.timeout_s = ranks, run_folder, timeout_s
+        self.limit_s = max(start_timeout_s, timeout_s)  # until `started`
         self.interval_s = min(5.0, timeout_s / 5)
         self.on_hang: Callable[[int, str], None] = lambda step, why: None
         self._beat, self._at = Beat(0, "start", 0), time.monotonic()
-        self._store: Store | None = None
+        self._gossip = Gossip(ranks, self.interval_s, lambda: self._beat)
+        self._gossip.start()
         self._thread = threading.Thread(target=self._watch, name="longhaul-watchdog", daemon=True)
         self._thread.start()
 
@@ -59,35 +103,22 @@ class Watchdog:
         """This rank makes progress."""
         self._beat, self._at = Beat(self._beat.count + 1, phase, step), time.monotonic()
 
+    def started(self) -> None:
+        """The first step is done: from now on the shorter time counts."""
+        self.limit_s = self.timeout_s
+
     @property
     def where(self) -> str:
         """What this rank is at, as `evaluation at step 20`."""
         return f"{self._beat.phase} at step {self._beat.step}"
 
     def _watch(self) -> None:
-        published = 0
-        with contextlib.suppress(Exception):
-            self._store = self.ranks.another_store(STORE_TIMEOUT)
         while True:
-            faulthandler.dump_traceback_later(self.timeout_s + 10 * self.interval_s + 60, exit=True)
-            published += 1
-            self._publish(published)
-            late = time.monotonic() - self._at > self.timeout_s
-            if late or self._somebody_hangs():
+            faulthandler.dump_traceback_later(self.limit_s + 20 * self.interval_s + 60, exit=True)
+            late = time.monotonic() - self._at > self.limit_s
+            if late or self._gossip.alarm:
                 self._end(late)
             time.sleep(self.interval_s)
-
-    def _publish(self, published: int) -> None:
-        beat = Beat(self._beat.count, self._beat.phase, self._beat.step, published)
-        if self._store is not None:
-            with contextlib.suppress(Exception):
-                self._store.set(f"beat/{self.ranks.rank}", json.dumps(asdict(beat)))
-
-    def _somebody_hangs(self) -> bool:
-        try:
-            return self._store is not None and self._store.check(["hang"])
-        except Exception:
-            return False  # rank 0 is gone or stopped: this rank's own timeout will tell
 
     def _end(self, late: bool) -> None:
         """Write the stacks, name the suspect, and end this process."""
@@ -95,50 +126,35 @@ class Watchdog:
         me = f"rank {self.ranks.rank} ({self.ranks.hosts[self.ranks.rank]})"
         log.error("%s made no progress for %.0f s, in %s; its stacks follow", me, seconds, self.where)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if late and self._store is not None:
-            with contextlib.suppress(Exception):
-                self._store.set("hang", "1")
+        self._gossip.sounds_alarm = late
         suspects, why = self._suspects()
         log.error("%s", why)
         if self.ranks.rank == min(set(range(self.ranks.size)) - set(suspects), default=0):
             for rank in suspects:
                 accuse(self.run_folder, rank, self.ranks.hosts[rank], f"hang: {why}")
         self.on_hang(self._beat.step, why)
-        time.sleep(3 * self.interval_s)  # the launcher ends all ranks with the first: let them write
+        time.sleep(2 * self.interval_s)  # the launcher ends all ranks with the first: let them write
         sys.stderr.flush()
         os._exit(HUNG)
 
     def _suspects(self) -> tuple[list[int], str]:
         """The ranks that hold up the others, and a line that says so."""
-        if self._store is None:
-            return [], "this rank is alone"
-        before = self._beats()
-        time.sleep(2.5 * self.interval_s)
-        self._publish(10**9)
-        beats = self._beats()
-        if not beats:
-            return [0], f"hang: rank 0 ({self.ranks.hosts[0]}) does not answer: stopped, or its node is gone"
-        everyone = range(self.ranks.size)
-        still = [r for r in everyone if r not in beats or (r in before and beats[r].published == before[r].published)]
-        if still:
-            return still, f"hang: {self._names(still)} shows no sign of life: stopped, or its node is gone"
-        least = min(beat.count for beat in beats.values())
-        behind = [rank for rank, beat in beats.items() if beat.count == least]
+        if self.ranks.size == 1:
+            return [], "hang: this rank is the only one"
+        readings = self._gossip.listen()
+        if len(readings) < READINGS:
+            return [0], f"hang: {self._names([0])} does not answer: stopped, or its node is gone"
+        first, last = readings[0], readings[-1]
+        known = {rank: last[rank].published for rank in last if rank in first}
+        silent = [rank for rank in range(self.ranks.size) if known.get(rank, -1) == first.get(rank, NEVER).published]
+        if silent:
+            return silent, f"hang: {self._names(silent)} shows no sign of life: stopped, or its node is gone"
+        least = min(beat.count for beat in last.values())
+        behind = [rank for rank, beat in last.items() if beat.count == least]
         if len(behind) == self.ranks.size:
             return [], "hang: every rank waits at the same place"
-        first = beats[behind[0]]
-        return behind, f"hang: {self._names(behind)} is behind the others, in {first.phase} at step {first.step}"
-
-    def _beats(self) -> dict[int, Beat]:
-        """The beats of all ranks that have published; nothing where the store is away."""
-        found = {}
-        try:
-            for rank in range(self.ranks.size):
-                if self._store is not None and self._store.check([f"beat/{rank}"]):
-                    found[rank] = Beat(**json.loads(self._store.get(f"beat/{rank}")))
-        except Exception:
-            return {}
-        return found
+        where = f"{last[behind[0]].phase} at step {last[behind[0]].step}"
+        return behind, f"hang: {self._names(behind)} is behind the others, in {where}"
 
     def _names(self, ranks: list[int]) -> str:
         return ", ".join(f"rank {rank} ({self.ranks.hosts[rank]})" for rank in ranks)

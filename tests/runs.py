@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from pretrain import checkpoint
+from pretrain.track.journal import read_journal
 from tests.corpora import make_corpus
 from tests.processes import HERE, environment, free_port
 
@@ -55,15 +58,17 @@ def write_run(folder: Path, engine: str = TORCH, steps: int = 40) -> Path:
 
 
 class Started:
-    """The rank processes of one attempt."""
+    """The rank processes of one attempt. `variables` are added to their environment."""
 
-    def __init__(self, config: Path, ranks: int = 1, *overrides: str) -> None:
+    def __init__(
+        self, config: Path, ranks: int = 1, *overrides: str, variables: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         port = free_port()
         self.outputs = [config.parent / f"rank-{rank}.{time.time_ns()}.log" for rank in range(ranks)]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "pretrain.cli", "train", str(config), *overrides],
-                env=environment(rank, ranks, port) if ranks > 1 else alone(),
+                env=(environment(rank, ranks, port) if ranks > 1 else alone()) | dict(variables),
                 cwd=HERE,
                 stdout=subprocess.DEVNULL,
                 stderr=self.outputs[rank].open("wb"),
@@ -122,6 +127,12 @@ def final_state(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     names = sorted(name for name in newest.manifest["files"] if name.endswith(".bin"))
     data = {n: torch.frombuffer(bytearray((newest.folder / n).read_bytes()), dtype=torch.uint8) for n in names}
     return newest.manifest["position"], data
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind in a run's journal."""
+    return [record.fields | {"step": record.step} for record in read_journal(folder / "run")
+            if record.type == "event" and record.fields["kind"] == kind]  # fmt: skip
 
 
 def losses(folder: Path, branch: int) -> dict[int, float]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.failpoints import fail_at
+
 MASTER = "fp32"
 
 
@@ -38,6 +40,7 @@ class ForwardTimer:
     @contextmanager
     def forward(self) -> Iterator[None]:
         begun = self._now()
+        fail_at("engine.forward")
         yield
         self._spans.append((begun, self._now()))
 
