@@ -1,9 +1,9 @@
-# make demo | test | lint | check | bench | soak. Each does its own set-up: .venv, pinned by constraints.txt.
+# make demo | test | lint | check | bench | chaos | soak. Each does its own set-up: .venv, pinned by constraints.txt.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test lint check bench soak debian-packages
+.PHONY: demo test lint check bench chaos soak debian-packages
 READY := .venv/ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0
@@ -23,6 +23,10 @@ check: lint test  # what CI runs
 
 bench: $(READY)
 	for script in benchmarks/[a-z]*.py; do .venv/bin/python -m "benchmarks.$$(basename "$$script" .py)"; done
+
+chaos: $(READY) debian-packages  # every fault of docs/faults.md; goes on where it was stopped
+	.venv/bin/python -m tests.chaos
+	.venv/bin/python -m tests.chaos --tests
 
 soak: $(READY) debian-packages  # half an hour of training under faults on a real SLURM
 	.venv/bin/python -m tests.cluster.soak $(SOAK)

@@ -149,14 +149,20 @@ def kills(room: Room, rng: random.Random) -> Result:
     """T1: SIGKILL of a random rank, at random times and at random failpoints, again and again until the run is done."""
     engine, ranks = rng.choice(SHAPES)
     room.golden(engine, ranks)
-    names = failpoints()
+    names = [name for name in failpoints() if not name.startswith("train.")]
 
     def faults() -> Iterator[str | float]:
+        step = 0
         for _ in range(8):
-            if rng.random() < 0.5:
-                yield rng.uniform(0.1, 0.9) * room.seconds[engine, ranks]
+            rank = f"@{rng.randrange(ranks)}" if rng.random() < 0.5 else ""  # any rank that comes by, else
+            kind = rng.choice(["time", "step", "point", "point"])
+            if kind == "time":
+                yield rng.uniform(0.1, 0.6) * room.seconds[engine, ranks]
+            elif kind == "step":
+                step = min(step + rng.randrange(1, 16), STEPS - 1)
+                yield f"train.step{rank}#{step}=kill"
             else:
-                yield f"{rng.choice(names)}@{rng.randrange(ranks)}#{rng.randrange(1, 6)}=kill"
+                yield f"{rng.choice(names)}{rank}#{rng.randrange(1, 4)}=kill"
 
     return through(room, engine, ranks, faults(), rng)
 

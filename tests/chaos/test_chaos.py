@@ -1,4 +1,4 @@
-"""The short form of `make chaos`: some cases of every kind, each against its golden run; and the table is up to date."""
+"""The short form of `make chaos`: cases of every kind, each against its golden run; and the table is up to date."""
 
 from __future__ import annotations
 
