@@ -19,7 +19,7 @@ GRACE_S = 20.0  # from a rank's bad end by itself to the end of the others: they
 
 def import_everything() -> None:
     """What every rank would import by itself."""
-    import torch._dynamo  # which the first optimizer would import, in four seconds
+    import torch._dynamo  # noqa: F401  (the first optimizer would import it, in four seconds)
 
     import pretrain.cli
     import pretrain.engine.zero
