@@ -22,7 +22,9 @@ BEGUN, ENDED, SUSPECTS, SRUN_LOG = "attempt.json", "end.json", "suspects.jsonl",
 STOP = "stop"  # in a submission's folder: `launch stop` was asked for
 NAME = re.compile(r"attempt-(\d+)")
 COMMITTED = re.compile(r"step-(\d+)\.b(\d+)")
-TASKS = re.compile(r"error: (?P<node>\S+): tasks? (?P<rank>\d+)\S*: (?P<end>.+)$")  # of srun: "n2: task 1: Killed"
+TASKS = re.compile(
+    r"error: (?P<node>\S+): tasks? (?P<ranks>(?P<rank>\d+)[\d,-]*): (?P<end>.+)$"
+)  # of srun: "n2: task 1: Killed"
 EXITED = re.compile(r"Exited with exit code (\d+)$")
 CANCELLED = re.compile(r"slurmstepd\S* error: \*\*\* \w+ \S+ ON \S+ CANCELLED AT \S+ DUE TO ([A-Z ]+)")
 TAIL_BYTES = 65536
@@ -99,8 +101,12 @@ class Attempt:
         return f"rank {rank}{where}: {end}"
 
     def exit_codes(self) -> list[int]:
-        """Codes with which ranks ended by themselves, as srun's log has them."""
-        return [int(match[1]) for line in self._srun_lines() if (match := EXITED.search(line))]
+        """The code of each rank that ended badly by itself, as srun's log has them."""
+        codes = []
+        for line in self._srun_lines():
+            if (tasks := TASKS.search(line)) and (exited := EXITED.search(tasks["end"])):
+                codes += [int(exited[1])] * len(expand(f"task[{tasks['ranks']}]"))
+        return codes
 
     def _srun_lines(self) -> list[str]:
         return _text(self.folder / SRUN_LOG).splitlines()

@@ -83,7 +83,7 @@ class Batch:
         code = int(self.environment["code"])
         cause = find_cause(attempt, self.environment, self.folder / f"{self.job}.log")
         if code > 128 or attempt.exit_codes():  # srun's own code is that of a signal, or the highest
-            code = verdict(attempt.exit_codes())
+            code = verdict(attempt.exit_codes(), attempt.begun["ranks"])
         left = float(self.environment.get("LONGHAUL_END_TIME") or "inf") - time.time()
         self.dead |= set(attempt.failed_nodes())
         end = End(

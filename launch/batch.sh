@@ -34,8 +34,9 @@ begin_without_python() {
 end_without_python() {
     [ "$code" -le 128 ] || code=$(sed -n 's/.*[Ee]xited with exit code \([0-9]*\)$/\1/p' "$output/srun.log" | sort -n | tail -n 1)
     code=${code:-1} by=''
+    [ "$code" != 2 ] || command -v "${python[0]}" >/dev/null || code=1 # no Python on this node: the next may have it
     case " $restarted " in *" $code "*) by=$restart ;; esac
-    [ "$restarts" -lt "$max_restarts" ] || by=''
+    [ "$restarts" -lt "$max_restarts" ] || [ "$code" = 3 ] || by='' # an orderly stop is no fault
     if [ "$told" ] && [ "$(field Reason)" != TimeLimit ]; then by=''; fi # cancelled, preempted: SLURM knows what follows
     case $by in chain) by=successor ;; none) by='' ;; esac
     [ "$code" = 0 ] && follows=done || follows=${by:-not to be started again}

@@ -37,7 +37,7 @@ class Local(Section):
 
     kind: Literal["local"] = "local"
     ranks: Int = Field(1, ge=1)
-    restarts: Int = Field(0, ge=0)  # how often a run that failed, hung or stopped by itself is started again
+    restarts: Int = Field(0, ge=0)  # how often a run that failed, hung or made no headway is started again; 0: never
     crash_loop: Int = Field(3, ge=2)  # so many bad ends in a row without a newer checkpoint end the submission
     grace_s: Float = Field(10.0, ge=0)  # from a rank's bad end to TERM for the others, and from there to KILL
     notice: Notice | None = None
@@ -116,7 +116,8 @@ class Local(Section):
             for process in ranks:
                 _kill(process)
         first = next(((rank, code) for rank, code in own.items() if code), None)
-        return verdict(list(own.values())), attempt.words_of(first[0], "", f"exit {first[1]}") if first else ""
+        words = attempt.words_of(first[0], "", f"exit {first[1]}") if first else ""
+        return verdict(list(own.values()), self.ranks), words
 
     def _wait(self, ranks: list[subprocess.Popen[bytes]], told: list[int], output: BinaryIO) -> dict[int, int]:
         """The exit codes of those ranks that ended before we ended them, in the order in which they ended."""

@@ -6,7 +6,8 @@ are taken in the order of their numbers; no clock decides anything but whether t
 A run comes back after a failure, a hang, a stop that was asked of it from outside, preemption, the end of its time and
 the loss of a node; not after what would only repeat itself (a mistake in the config, too little memory, a guard that
 gave up), not when it was stopped on purpose, not over its budget, and not from a crash loop: `crash_loop` bad ends in a
-row between which no newer checkpoint was committed.
+row between which no newer checkpoint was committed. The budget is for faults: an orderly stop, or the end of its time,
+costs a restart only where no newer checkpoint was committed since the end before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from launch.attempts import Attempt
@@ -82,8 +84,14 @@ class Decision:
     exclude: tuple[str, ...] = ()
 
 
-def verdict(codes: Sequence[int]) -> int:
-    """The exit code of an attempt from those of ranks that ended by themselves: the one that tells most."""
+def verdict(codes: Sequence[int], ranks: int) -> int:
+    """The exit code of an attempt from those of ranks that ended by themselves: the one that tells most.
+
+    A mistake in the configuration is every rank's. What some ranks alone call one is a fault of where they run: a file
+    that is late there, or missing (SLURM gives ENOENT, 2 as well, for a program that it does not find).
+    """
+    if USAGE in codes and list(codes) != [USAGE] * ranks:
+        codes = [FAILED if code == USAGE else code for code in codes]
     known = [code for code in TELLING if code in codes]
     return known[0] if known and known[0] != DONE else max(codes, default=FAILED)
 
@@ -107,6 +115,12 @@ def in_crash_loop(steps_of_bad_ends: Sequence[int], rules: Rules) -> bool:
 def is_bad(code: int | None, cause: str) -> bool:
     """Whether an end counts towards a crash loop."""
     return cause == "lost" or (cause == "itself" and code is not None and code not in GOOD)
+
+
+def costs_restart(code: int | None, cause: str, step: int, before: int) -> bool:
+    """Whether coming back from an end is paid from the budget. `step`, `before`: of the newest checkpoint at this end
+    and at the one before it, -1 where there was none."""
+    return cause not in FREE and (is_bad(code, cause) or step <= before)
 
 
 def decide(end: End, attempts: Sequence[Attempt], rules: Rules) -> Decision:
@@ -133,11 +147,19 @@ def decide(end: End, attempts: Sequence[Attempt], rules: Rules) -> Decision:
     if is_bad(code, end.cause) and in_crash_loop([*bad, end.step], rules):
         where = f"no checkpoint since step {end.step}" if end.step >= 0 else "not one checkpoint"
         return stop(f"crash loop: {rules.crash_loop} bad ends in a row, {where}", CRASH_LOOP)
-    spent = sum(a.ended.get("action") == "restart" and a.ended.get("cause") not in FREE for a in earlier)
+    steps = [-1, *(int(attempt.ended.get("step", -1)) for attempt in earlier)]
+    spent = sum(
+        a.ended.get("action") == "restart"
+        and costs_restart(a.ended.get("exit_code"), a.ended.get("cause", ""), step, before)
+        for a, (before, step) in zip(earlier, pairwise(steps), strict=True)
+    )
+    costs = costs_restart(code, end.cause, end.step, steps[-1])
     if end.cause in FREE:
         restart = end.cause + (f" of {', '.join(end.failed_nodes)}" if end.failed_nodes else "")
-    elif spent >= rules.restarts:
+    elif rules.restarts == 0 or (costs and spent >= rules.restarts):
         return stop(f"not started again after {spent} restarts")
+    elif not costs:
+        restart = f"saved step {end.step}"
     else:
         restart = f"restart {spent + 1} of {rules.restarts}"
     return _restart(end, rules, exclude, restart, words, code)

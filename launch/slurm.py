@@ -55,7 +55,8 @@ class Slurm(Section):
     exclude: str | None = None  # nodes to avoid, as n[3-5],n9
     exclusive: Bool = False
     restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: a successor is queued with each attempt
-    restarts: Int = Field(20, ge=0)  # of one submission; preemption and lost nodes do not count
+    restarts: Int = Field(20, ge=0)  # of one submission, after faults: preemption, lost nodes
+    # and stops that have saved newer steps do not count. 0: none but after preemption and lost nodes
     crash_loop: Int = Field(3, ge=2)  # so many bad ends in a row without a newer checkpoint end the submission
     setup: list[str] = Field([])  # lines of shell before the ranks start: modules, environments
     python: str | None = None  # what starts Python in a rank, as `apptainer exec image.sif python`; absent: this one

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import launch
 from launch.attempts import Attempt, expand, newest_step, read_attempts
 from launch.ends import close_lost, record
 from launch.policy import Decision, End, Rules, decide, excluded, verdict
@@ -97,11 +98,27 @@ def test_budget_counts_what_was_nobodys_fault_for_nothing(run: Run) -> None:
     rules = Rules("requeue", restarts=2, crash_loop=3)
     for cause in ("preempted", "node failure", "requeued"):
         assert run.end(End(3, cause), rules).action == "restart"
-    assert run.end(End(3, step=1), rules).why == "to be requeued (restart 1 of 2)"
-    assert run.end(End(1, step=2), rules).why == "to be requeued (restart 2 of 2)"
-    assert run.end(End(3, "preempted"), rules).action == "restart"
-    last = run.end(End(3, step=3), rules)
+    assert run.end(End(1, step=2), rules).why == "to be requeued (restart 1 of 2)"
+    assert run.end(End(4, step=3), rules).why == "to be requeued (restart 2 of 2)"
+    assert run.end(End(3, "preempted", step=4), rules).action == "restart"
+    last = run.end(End(1, step=5), rules)
+    assert (last.action, last.exit_code, last.why) == ("stop", 1, "not started again after 2 restarts")
+
+
+def test_stops_that_have_gone_on_cost_no_restart(run: Run) -> None:
+    rules = Rules("requeue", restarts=2, crash_loop=3)
+    for step in range(1000, 30000, 1000):
+        assert run.end(End(3, step=step), rules).why == f"to be requeued (saved step {step})"
+    assert run.end(End(1, "time limit", step=30000), rules).why == "to be requeued (saved step 30000)"
+    assert run.end(End(1, step=31000), rules).why == "to be requeued (restart 1 of 2)"
+    assert run.end(End(3, step=31000), rules).why == "to be requeued (restart 2 of 2)"
+    assert run.end(End(3, step=32000), rules).why == "to be requeued (saved step 32000)"
+    last = run.end(End(3, step=32000), rules)
     assert (last.action, last.exit_code, last.why) == ("stop", 3, "not started again after 2 restarts")
+
+
+def test_no_restarts_are_none_whatever_was_saved(run: Run) -> None:
+    assert run.end(End(3, step=1000), Rules("here", 0, 3)).why == "not started again after 0 restarts"
 
 
 def test_crash_loop(run: Run) -> None:
@@ -176,10 +193,13 @@ def test_an_end_is_written_once(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "code"),
-    [([0, 0], 0), ([3, 1], 1), ([1, 5], 5), ([3, 4], 4), ([1, 6], 6), ([], 1), ([77], 77), ([0, 3], 3)],
-)
+    [
+        ([0, 0], 0), ([3, 1], 1), ([1, 5], 5), ([3, 4], 4), ([1, 6], 6), ([], 1), ([77], 77), ([0, 3], 3),
+        ([2, 2], 2), ([2, 1], 1), ([2, 0], 1), ([2, 3], 1), ([2, 4], 4), ([2, 5], 5), ([2], 1),
+    ],
+)  # fmt: skip
 def test_the_code_that_tells_most(codes: list[int], code: int) -> None:
-    assert verdict(codes) == code
+    assert verdict(codes, ranks=2) == code
 
 
 def test_names_of_nodes() -> None:
@@ -193,7 +213,7 @@ def test_words_hold_no_secret(run: Run) -> None:
     )
     (attempt.folder / "rank-2.log").write_text("Traceback\nOSError: cannot reach https://me:planted@lab.example/x\n\n")
     assert attempt.last_words() == "rank 2 on n2: OSError: cannot reach https://***@lab.example/x"
-    assert attempt.exit_codes() == [1, 3]
+    assert attempt.exit_codes() == [1, 3, 3]
 
 
 def test_newest_step_of_the_live_lineage(tmp_path: Path) -> None:
@@ -214,3 +234,22 @@ def test_the_batch_shell_does_not_wait_for_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "python", "follows"),
+    [
+        (3, 50, "bash", "exit 3: requeue"),
+        (1, 50, "bash", "exit 1: not to be started again"),
+        (1, 4, "bash", "exit 1: requeue"),
+        (2, 4, "bash", "exit 2: not to be started again"),
+        (2, 4, "/no/python", "exit 1: requeue"),
+    ],
+)
+def test_without_python_the_exit_code_decides(code: int, restarts: int, python: str, follows: str) -> None:
+    source = (Path(launch.__path__[0]) / "batch.sh").read_text()
+    function = source[source.index("end_without_python() {") :].partition("\n}\n")[0] + "\n}\n"
+    facts = f"restarted='1 3 4' restart=requeue max_restarts=20 {restarts=} {code=} python=({python}) attempt=1\n"
+    end = "say() { echo $*; }\nfield() { :; }\nend_without_python\n"
+    done = subprocess.run(["bash", "-c", function + facts + end], capture_output=True, text=True, check=True)
+    assert done.stdout == f"attempt 1 ended with {follows}, by its exit code alone\n"
