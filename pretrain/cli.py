@@ -122,16 +122,17 @@ def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
     try:
         code = app(standalone_mode=False) or 0  # click returns the code of typer.Exit here
-    except ConfigError as error:
-        code = _fail(str(error), 2)
     except Exception as error:
-        code = _explain(error)
+        code = explain(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # DeepSpeed leaves a thread that aborts some interpreters' exits (measured: 2 of 12)
 
 
-def _explain(error: Exception) -> int:
+def explain(error: Exception) -> int:
+    """Say why this rank ends, in a line of its log, unless rank 0 says the same; the exit code."""
+    if isinstance(error, ConfigError):
+        return _fail(error, 2)
     import click
 
     from data_pipeline.shards import ShardError
@@ -144,21 +145,21 @@ def _explain(error: Exception) -> int:
         error.show()
         return 2
     if isinstance(error, TakenOver):
-        return _fail(str(error), 6)
-    if isinstance(error, ShardError | SaveError | PreflightError):
-        return _fail(str(error), 1)
-    if isinstance(error, AbsentRanks):
-        print(f"pretrain: {error}", file=sys.stderr)  # rank 0 may be the one that is absent
-        return 1
+        return _fail(error, 6)
+    if isinstance(error, PreflightError):  # every rank's alike
+        return _fail(error, 1, is_said=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")
+    if isinstance(error, ShardError | SaveError | AbsentRanks):
+        return _fail(error, 1)
     import traceback
 
-    traceback.print_exc()
+    traceback.print_exception(error)
     return 1
 
 
-def _fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"pretrain: {message}", file=sys.stderr)
+def _fail(error: Exception, code: int, is_said: bool = False) -> int:
+    """`said_by_rank_0` is from `Ranks.first`."""
+    if not (is_said or vars(error).get("said_by_rank_0")):
+        print(f"pretrain: {error}", file=sys.stderr)
     return code
 
 

@@ -148,6 +148,7 @@ class Ranks:
                 error = caught
         result, error = self.tell((result, error))
         if error is not None:
+            vars(error)["said_by_rank_0"] = self.rank != 0  # once is enough
             raise error
         return result
 
