@@ -6,7 +6,7 @@ NAME, then `@RANK` (default: every rank), then `#N` (where the caller gives a nu
 the N-th passage of this process; default: at every one), then `=` and an action:
 
     kill        SIGKILL of this process
-    stop        SIGSTOP of this process
+    stop, term  SIGSTOP, SIGTERM of this process
     sleep:S     wait S seconds, then go on
     oom         torch.OutOfMemoryError
     an errno's name, as ENOSPC or EIO: OSError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "LONGHAUL_FAIL_AT"
 RULE = re.compile(r"([\w.]+)(?:@(\d+))?(?:#(\d+))?=(\w+)(?::([\d.]+))?")
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 FLIPPED_BIT = 1 << 30  # of an fp32 number: its highest exponent bit but the sign's
 
 
@@ -96,10 +97,8 @@ def _number(text: str | None) -> int | None:
 
 
 def _fail(rule: Rule) -> None:
-    if rule.action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif rule.action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+    if rule.action in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[rule.action])
     elif rule.action == "sleep":
         time.sleep(rule.value)
     elif rule.action == "oom":

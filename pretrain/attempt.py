@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from data_pipeline.failpoints import fail_at, spoil
 from data_pipeline.order import cut
-from data_pipeline.shards import ShardError
+from data_pipeline.shards import ShardError, Shards
 from data_pipeline.stream import Batch, Stream, Validation
 from data_pipeline.trace import documents_of
 from pretrain import checkpoint, guard, replicas
@@ -45,6 +45,12 @@ class Ending:
     why: str
     saves: bool = False  # with a checkpoint of where it is
     bad_steps: tuple[int, int] | None = None
+
+
+STOPS = {
+    guard.STOPPED: Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True),
+    guard.INTERRUPTED: Ending(guard.INTERRUPTED, "interrupted and saved", saves=True),
+}
 
 
 @dataclass
@@ -120,6 +126,7 @@ class Attempt:
         if error is not None:
             self.save_error = str(error)
             log.warning("%s", error)
+            self._journal_save("failed", self.saver.last_step or 0)
         taken_over = isinstance(error, TakenOver)
         needed = 2 * (self.save_s or 0.0) + 2 * (seconds + waited)
         code = self.stop.exit_code(needed)
@@ -128,7 +135,8 @@ class Attempt:
             code is not None and self.stop.left_s() < (self.save_s or 0.0), taken_over,
             error is not None and not taken_over and self.run.checkpoint.on_error == "stop",
         )  # fmt: skip
-        reading = self._read(self.board.post(notice, self.position))
+        fed = self.position.tokens > self.course.tokens(self.position.step - 1)
+        reading = self._read(self.board.post(notice, self.position, fed))
         self._local = {"lr": lr, "seconds": seconds + waited, "waited": waited}
         return reading
 
@@ -148,6 +156,11 @@ class Attempt:
             return self._give_up("spike", (step, step), f"{reading.spike.quantity} spiked at step {step + 1}")
         return self._asked(reading)
 
+    def asked_to_stop(self) -> Ending:
+        """The end that a rank was asked for while all evaluated."""
+        codes = self.ranks.gather(self.stop.exit_code())
+        return STOPS[guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED]
+
     def _asked(self, reading: Reading) -> Ending | None:
         """The end that signals, the clock, a failed save or another attempt ask for."""
         if reading.exit_code is None:
@@ -158,9 +171,7 @@ class Attempt:
             return Ending(guard.FAILED, self.save_error or "a checkpoint could not be saved")
         if reading.out_of_time:
             return Ending(reading.exit_code, "stopped without a save, for which the time left is too short")
-        if reading.exit_code == guard.INTERRUPTED:
-            return Ending(guard.INTERRUPTED, "interrupted and saved", saves=True)
-        return Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True)
+        return STOPS[reading.exit_code]
 
     def _give_up(self, kind: str, bad: tuple[int, int], why: str) -> Ending:
         return Ending(guard.GAVE_UP, why, bad_steps=bad if self._rolls_back(kind) else None)
@@ -170,8 +181,8 @@ class Attempt:
 
     # --- between steps --------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> None:
-        """Measure the validation loss of every corpus; left unfinished when the ranks are asked to stop."""
+    def evaluate(self) -> bool:
+        """Measure the validation loss of every corpus; False where it was left unfinished, the ranks asked to stop."""
         begun = time.perf_counter()
         rows = self.run.micro_batch_seqs
         try:
@@ -180,7 +191,7 @@ class Attempt:
             )
         except Abandoned:
             self._say("evaluation left unfinished: asked to stop")
-            return
+            return False
         seconds = time.perf_counter() - begun
         self.meter.aside(seconds)
         self.ledger.add("evaluate", seconds)
@@ -188,6 +199,7 @@ class Attempt:
             self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
             losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
             log.info("step %d  validation loss  %s", self.position.step, losses)
+        return True
 
     def _before_batch(self) -> bool:
         """Whether this rank is asked to stop, told before each batch of an evaluation."""
@@ -200,17 +212,28 @@ class Attempt:
         if self.saver.last_step == self.position.step:
             return None
         self.watchdog.beat("save", self.position.step)
+        begun = time.perf_counter()
+        self._await_saves()
         if (ending := self.check_weights()) is not None:
             return ending
         self._read(self.board.read())  # so that the guard's state is that of this position
         state = {"spikes": self.board.spikes.state(), "skipped_in_a_row": self.skipped.in_a_row}
-        if self.journal is not None:
-            folder = self.run.run_folder / "checkpoints" / checkpoint.folder_name(self.position.step, self.saver.branch)
-            self.journal.checkpoint(self.position.step, "pending", str(folder), None)
-        held_up = self.saver.save(self.engine.state(), self.position, self.digest_share, {"guard": state})
+        self._journal_save("pending", self.position.step)
+        self.saver.save(self.engine.state(), self.position, self.digest_share, {"guard": state})
+        held_up = time.perf_counter() - begun
         self.meter.aside(held_up)
         self.ledger.add("save", held_up)
         return None
+
+    def _journal_save(self, status: Literal["pending", "failed"], step: int) -> None:
+        if self.journal is not None:
+            folder = self.run.run_folder / "checkpoints" / checkpoint.folder_name(step, self.saver.branch)
+            self.journal.checkpoint(step, status, str(folder), None)
+
+    def _await_saves(self) -> None:
+        """Wait until no rank has a save in flight."""
+        while self.ranks.sum(torch.tensor([float(not self.saver.done(timeout_s=1.0))])).item():
+            self.watchdog.alive()
 
     def check_weights(self) -> Ending | None:
         """Compare the weights of all ranks; an end where they differ."""
@@ -254,7 +277,6 @@ class Attempt:
 
     def close(self) -> None:
         """Close the journal, and give the archive and the trackers time to finish."""
-        self.watchdog.beat("trackers", self.position.step)
         self.saver.close(0.0 if self.stop.received is not None else None)
         if self.journal is not None:
             self.journal.close()
@@ -279,24 +301,22 @@ class Attempt:
             ending = self.save() or ending
         self.watchdog.beat("end", self.position.step)
         self._read(self.board.read())
-        code, why = self._finish_save(ending.exit_code, ending.why)
+        code, why = self._finish_save(ending.exit_code, ending.why, ending.bad_steps is not None)
         self.ended = Ending(code, why, bad_steps=ending.bad_steps if code == ending.exit_code else None)
         if self.ended.bad_steps is None:
             self.finish(code, why)
         self._say(f"{why} at step {self.position.step}" + ("" if self.ended.bad_steps else f" (exit {code})"))
         return code
 
-    def _finish_save(self, code: int, why: str) -> tuple[int, str]:
+    def _finish_save(self, code: int, why: str, rolls_back: bool) -> tuple[int, str]:
         failed: tuple[int, str] | None = None
-        try:
-            while not self.saver.done(timeout_s=1.0):
-                self.watchdog.beat("save", self.position.step)
-            self.saver.wait()
-        except TakenOver as error:
-            failed = guard.TAKEN_OVER, str(error)
-        except Exception as error:
-            failed = guard.FAILED, str(error)
+        self._await_saves()
+        if (error := self.saver.poll()) is not None:
+            failed = guard.TAKEN_OVER if isinstance(error, TakenOver) else guard.FAILED, str(error)
+            self._journal_save("failed", self.saver.last_step or 0)
         failures = [f for f in self.ranks.gather(failed) if f is not None]
+        if rolls_back and self.run.checkpoint.on_error == "go_on":
+            failures = [f for f in failures if f[0] == guard.TAKEN_OVER]
         return failures[0] if failures else (code, why)
 
     # --- words ----------------------------------------------------------------------------------------------------
@@ -334,18 +354,15 @@ class Attempt:
         if self.journal is None or quiet:
             return
         speed = self.meter.read(self.course.tokens(self.course.end_step) - position.tokens)
-        metrics = {
-            "loss": reading.loss,
-            "lr": local["lr"],
-            "grad_norm": reading.grad_norm,
-            "tokens_per_s": speed.tokens_per_s,
-            "data_wait": speed.data_wait,
-        } | ({} if speed.mfu is None else {"mfu": speed.mfu})
+        metrics = {"lr": local["lr"], "tokens_per_s": speed.tokens_per_s, "data_wait": speed.data_wait}
+        metrics |= {"loss": reading.loss, "grad_norm": reading.grad_norm} if reading.fed else {}
+        metrics |= {} if speed.mfu is None else {"mfu": speed.mfu}
         self.journal.step(
             position.step, position.samples, position.tokens, position.digest, metrics, self.ledger.take()
         )
         mfu = "" if speed.mfu is None else f"  MFU {speed.mfu:.1%}"
         skipped = "" if reading.applied else "  SKIPPED: the gradient is not finite"
+        skipped = skipped if reading.fed else "  SKIPPED: all of its samples are to be"
         log.info(
             "step %d/%d  loss %.4f  lr %.2e  grad %.3f  %s tok/s%s  data wait %.1f%%  ETA %s%s",
             position.step, self.course.end_step, reading.loss, local["lr"], reading.grad_norm,
@@ -371,8 +388,9 @@ class Attempt:
         order, steps = self.course.order, self.course.steps
         numbers = np.arange(steps.start(step), steps.start(step + 1))
         samples = np.concatenate([cut(numbers, order.lanes, rank, self.ranks.size) for rank in ranks])
-        shards = self.course.corpora.shards(order.pools)  # of its own: others read in threads
+        shards: list[Shards] = []
         try:
+            shards = self.course.corpora.shards(order.pools)  # of its own: others read in threads
             return documents_of(order, shards, np.sort(samples), self.run.data.seq_tokens)
         except (ShardError, OSError) as error:
             log.warning("%s", error)

@@ -59,6 +59,7 @@ class Reading:
     loss: float
     grad_norm: float
     applied: bool
+    fed: bool  # any of its samples was
     own_s: tuple[float, ...]  # by rank
     exit_code: int | None
     out_of_time: bool
@@ -70,26 +71,26 @@ class Board:
 
     def __init__(self, ranks: Ranks, start: Position, spikes: Spikes) -> None:
         self.ranks, self.start, self.spikes = ranks, start, spikes
-        self._posted: tuple[Pending, bool, Position] | None = None
+        self._posted: tuple[Pending, bool, bool, Position] | None = None
 
-    def post(self, notice: Notice, position: Position) -> Reading | None:
-        """Post the step that led to `position`; what was read of the one before."""
+    def post(self, notice: Notice, position: Position, fed: bool) -> Reading | None:
+        """Post the step that led to `position`; what was read of the one before. `fed`: not all of it was skipped."""
         reading = self.read()
         pending = self.ranks.sum_later(notice.tensor(self.ranks.rank, self.ranks.size))
-        self._posted = (pending, notice.applied, position)
+        self._posted = (pending, notice.applied, fed, position)
         return reading
 
     def read(self) -> Reading | None:
         """What was posted last; None where that has been read."""
         if self._posted is None:
             return None
-        (pending, applied, position), self._posted = self._posted, None
+        (pending, applied, fed, position), self._posted = self._posted, None
         loss, grad_norm, *rest = pending.result().tolist()
         stopped, interrupted, out_of_time, taken_over, save_failed = map(bool, rest[:5])
         position = Position(position.step, position.samples, position.tokens, self._digest(rest[5:9]))
-        spike = self.spikes.add(loss, grad_norm) if applied else None
+        spike = self.spikes.add(loss, grad_norm) if applied and fed else None
         code = _worst(taken_over, save_failed, interrupted, stopped)
-        return Reading(position, loss, grad_norm, applied, tuple(rest[9:]), code, out_of_time, spike)
+        return Reading(position, loss, grad_norm, applied, fed, tuple(rest[9:]), code, out_of_time, spike)
 
     def _digest(self, limbs: Sequence[float]) -> str:
         share = sum(int(limb) << (32 * i) for i, limb in enumerate(limbs))

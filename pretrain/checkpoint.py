@@ -296,12 +296,19 @@ class Saver:
                 committed = self._commit(folder, position, extra)
                 self.on_commit(committed, time.perf_counter() - begun)
                 fail_at("checkpoint.told")
-                self.archive()
         except Exception as error:
             self._error = self._abandon(folder, position.step, error, needs)
         else:
             if self.rank == 0:
-                self._retire()
+                self._after_commit()
+
+    def _after_commit(self) -> None:
+        """What can be made up for after a later save, and so fails none."""
+        try:
+            self.archive()
+            self._retire()
+        except OSError as error:
+            log.warning("%s; tried again after the next save", error)
 
     def _abandon(self, folder: Path, step: int, error: Exception, needs: int) -> Exception:
         """Give a failed save's room back, let rank 0 know, and say what went wrong."""

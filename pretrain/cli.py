@@ -91,12 +91,14 @@ def verify(
     from pretrain.run import load_run
     from pretrain.verify import verify_run
 
-    rows = verify_run(load_run(run), deep)
+    loaded = load_run(run)
+    rows = verify_run(loaded, deep)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        for row in rows:
-            print(row.line)
+    elif not rows:
+        print(f"{loaded.run_folder}: no checkpoints")
+    for row in [] if as_json else rows:
+        print(row.line)
     if any(row.problems for row in rows):
         raise typer.Exit(1)
 

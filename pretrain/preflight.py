@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import statistics
@@ -58,9 +59,9 @@ class Preflight(Section):
                 "preflight: %d ranks, matmul %.3g TFLOP/s (slowest %.3g), all-reduce %.2g GB/s", ranks.size,
                 statistics.median(f.tflops for f in fitness), min(f.tflops for f in fitness), rate,
             )  # fmt: skip
-            for rank, fault in faults:
-                if rank is not None:
-                    accuse(run_folder, rank, ranks.hosts[rank], f"preflight: {fault}")
+            for rank in _culprits(faults, ranks.size):
+                fault = next(fault for each, fault in faults if each == rank)
+                accuse(run_folder, rank, ranks.hosts[rank], f"preflight: {fault}")
         if faults:
             where = (f"rank {rank} ({ranks.hosts[rank]}): " if rank is not None else "" for rank, _ in faults)
             lines = [f"{place}{fault}" for place, (_, fault) in zip(where, faults, strict=True)]
@@ -78,10 +79,11 @@ class Fitness:
 
 
 def _examine(ranks: Ranks, run_folder: Path, settings: Preflight) -> Fitness:
-    peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
-    problem = _disk_problem(run_folder, settings) or _sharing_problem(ranks, settings)
-    tflops = 0.0
+    problem = _disk_problem(run_folder, settings) or _gpu_problem(ranks, settings)
+    peak, tflops = None, 0.0
     try:
+        if ranks.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name())
         if not _computes_right(ranks.device):
             problem = "its device computes wrong results"
         tflops = _matmul_tflops(ranks.device)
@@ -108,6 +110,12 @@ def _faults(settings: Preflight, fitness: list[Fitness]) -> list[tuple[int | Non
     return faults
 
 
+def _culprits(faults: list[tuple[int | None, str]], ranks: int) -> list[int]:
+    """The ranks whose nodes are to be left out: none where most have a fault, which is then the run's or the site's."""
+    named = sorted({rank for rank, _ in faults if rank is not None})
+    return named if 2 * len(named) < ranks else []
+
+
 def _slow_network(settings: Preflight, rate: float, ranks: Ranks) -> list[tuple[int | None, str]]:
     least = settings.least_all_reduce_gb_s
     if least is None or ranks.size == 1 or rate >= least:
@@ -126,9 +134,12 @@ def _disk_problem(run_folder: Path, settings: Preflight) -> str:
     return ""
 
 
-def _sharing_problem(ranks: Ranks, settings: Preflight) -> str:
-    seen = torch.cuda.device_count() if ranks.device.type == "cuda" else None
-    if seen is None or settings.shared_gpus or ranks.local_rank < seen:
+def _gpu_problem(ranks: Ranks, settings: Preflight) -> str:
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if ranks.device.type != "cuda":
+        return f"was given {given} GPU(s) by SLURM, and torch sees none" if given.isdigit() and int(given) else ""
+    seen = torch.cuda.device_count()
+    if settings.shared_gpus or ranks.local_rank < seen:
         return ""
     return f"is rank {ranks.local_rank} of its node, which shows {seen} GPU(s); set preflight.shared_gpus to share one"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -25,7 +26,8 @@ COLLECTIVE_TIMEOUT_S = 3600.0
 
 
 class AbsentRanks(Exception):
-    """Not every rank came to the rendezvous. The message is one line; `absent` are their numbers and hosts."""
+    """Not every rank came to the rendezvous, or one came without its GPU. The message is one line; `absent` are their
+    numbers and hosts."""
 
     def __init__(self, message: str, absent: Mapping[int, str]) -> None:
         super().__init__(message)
@@ -110,13 +112,13 @@ class Ranks:
         address = place.address or "127.0.0.1:29500"
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address.rsplit(":", 1)
         self.hosts = [socket.gethostname()]  # by rank
-        store: Store = HashStore()
+        self._store: Store = HashStore()
         if place.address is not None:
-            store, self.hosts = _meet(place, rendezvous_timeout_s)
+            self._store, self.hosts = _meet(place, self.device.type, rendezvous_timeout_s)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=collective_timeout_s)
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=place.rank, world_size=place.size, timeout=timeout
+            backend, store=PrefixStore("group", self._store), rank=place.rank, world_size=place.size, timeout=timeout
         )
         self.cpu = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
 
@@ -130,6 +132,15 @@ class Ranks:
     def another_store(self, timeout: timedelta) -> Store | None:
         """A connection of its own to the store of the rendezvous, for a thread; None for a single rank."""
         return None if self.place.address is None else _connect(self.place, timeout, serves=False)
+
+    def leave_together(self, seconds: float) -> None:
+        """Called by every rank when its work is done: the others wait until rank 0 is, as the first to go may take
+        the rest with it."""
+        with contextlib.suppress(Exception):  # rank 0 has gone
+            if self.rank == 0:
+                self._store.set("done", "1")
+            elif self.size > 1:
+                self._store.wait(["done"], timedelta(seconds=seconds))
 
     def __enter__(self) -> Ranks:
         return self
@@ -198,7 +209,7 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def _meet(place: Place, timeout_s: float) -> tuple[Store, list[str]]:
+def _meet(place: Place, device: str, timeout_s: float) -> tuple[Store, list[str]]:
     """Wait for every rank; the store through which they found each other, and the host of each."""
     try:
         store = _connect(place, timedelta(seconds=timeout_s), serves=place.rank == 0)
@@ -207,11 +218,13 @@ def _meet(place: Place, timeout_s: float) -> tuple[Store, list[str]]:
             raise
         where = f"rank 0 did not answer at {place.address} within {timeout_s:.0f} s"
         raise AbsentRanks(f"rendezvous: {where}: is it running there?", _expected([0])) from error
-    store.set(f"here/{place.rank}", socket.gethostname())
+    store.set(f"here/{place.rank}", f"{device} {socket.gethostname()}")
     if place.rank == 0:
         absent = _await_ranks(store, place.size, timeout_s)
-        hosts = [] if absent else [store.get(f"here/{rank}").decode() for rank in range(place.size)]
-        store.set("met", json.dumps({"absent": absent, "hosts": hosts}))
+        here = [] if absent else [store.get(f"here/{rank}").decode().split(" ", 1) for rank in range(place.size)]
+        devices, hosts = [each[0] for each in here], [each[1] for each in here]
+        blind = [rank for rank, each in enumerate(devices) if each == "cpu" and "cuda" in devices]
+        store.set("met", json.dumps({"absent": absent, "hosts": hosts, "blind": blind}))
     store.wait(["met"], timedelta(seconds=timeout_s + 60))
     met = json.loads(store.get("met"))
     if met["absent"]:
@@ -220,6 +233,12 @@ def _meet(place: Place, timeout_s: float) -> tuple[Store, list[str]]:
         if place.rank == 0:
             time.sleep(1.0)  # the store goes with this process: let the others read it
         raise AbsentRanks(f"rendezvous: after {timeout_s:.0f} s rank(s) {shown} of {place.size} were absent", names)
+    if met["blind"]:
+        names = {rank: met["hosts"][rank] for rank in met["blind"]}
+        shown = ", ".join(f"{rank} ({host})" for rank, host in names.items())
+        if place.rank == 0:
+            time.sleep(1.0)
+        raise AbsentRanks(f"rendezvous: rank(s) {shown} see no GPU, the others do", names)
     return store, met["hosts"]
 
 

@@ -1,12 +1,13 @@
-"""Weights that every rank holds alike: a flipped bit in one rank's memory makes them differ.
+"""State that every rank holds alike: a flipped bit in one rank's memory makes it differ.
 
-A sum over the bits of each parameter, taken on the device, changes with any single bit. Under ZeRO stage 3 no rank
-holds another's weights, and there is nothing to compare.
+A sum over the bits of each tensor, taken on the device, changes with any single bit. The torch engine holds weights,
+masters and moments everywhere, ZeRO 1 and 2 the weights that compute; under stage 3 there is nothing to compare.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -16,9 +17,10 @@ from pretrain.ranks import Ranks
 
 def odd_ranks(engine: Engine, ranks: Ranks) -> list[int]:
     """The ranks whose weights differ from those of the majority; all ranks where there is none, as with two."""
-    if ranks.size == 1 or not engine.replicated:
+    tensors = engine.replicas() if ranks.size > 1 else []
+    if not tensors:
         return []
-    sums = [tuple(each) for each in ranks.gather(_checksums(engine).tolist())]
+    sums = [tuple(each) for each in ranks.gather(_checksums(tensors))]
     if len(set(sums)) == 1:
         return []
     (most, count), *_ = Counter(sums).most_common(1)
@@ -27,8 +29,8 @@ def odd_ranks(engine: Engine, ranks: Ranks) -> list[int]:
     return [rank for rank, each in enumerate(sums) if each != most]
 
 
-def _checksums(engine: Engine) -> torch.Tensor:
-    """int64 [parameters]: the sum of each parameter's bits read as integers, modulo 2^64."""
-    parameters = [p.detach() for p in engine.module.parameters()]
+def _checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """The sum of each tensor's bits read as integers, modulo 2^64."""
     integers = {2: torch.int16, 4: torch.int32}
-    return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in parameters]).cpu()
+    sums = [t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return [int(each) for each in torch.stack(sums).tolist()]

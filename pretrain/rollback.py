@@ -26,6 +26,7 @@ def roll_back(a: Attempt) -> bool:
     if settings is None or ending is None or ending.bad_steps is None:
         return False
     bad, why = ending.bad_steps, ending.why
+    a.watchdog.starting()
     refusal, facts = a.ranks.first(lambda: _commit(a, settings, bad, why))
     if refusal:
         a.note("gave_up", f"{why}; {refusal}")
@@ -58,6 +59,7 @@ def _commit(a: Attempt, settings: Rollback, bad: tuple[int, int], why: str) -> t
     newest = segments.read()[-1]
     from_sample = max(newest.from_sample, good.position.samples)
     record = replace(newest, segment=newest.segment + 1, from_sample=from_sample, changes=[], skips=[(begin, end)])
+    lineage.check(branch.branch)
     segments.write(record)
     fail_at("rollback.committed")
     return "", {"to_step": good.position.step, "begin": begin, "end": end, "new_branch": branch.branch}

@@ -72,6 +72,14 @@ class TrainRun(Section):
             raise ValueError("fork_from and init_from: give one of them")
         if self.fork_position == "parent" and not self.fork_from:
             raise ValueError("fork_position: parent needs fork_from: RUN@step")
+        if self.guard.rollback is not None:
+            bad = self.guard.max_skipped_steps + self.guard.rollback.skip_steps_before
+            needed = -(-bad // self.checkpoint.save_every_steps) + 1
+            if self.checkpoint.keep_last < needed:
+                raise ValueError(
+                    f"checkpoint.keep_last: {self.checkpoint.keep_last}, but a rollback goes back over up to {bad} bad "
+                    f"steps: expected at least {needed}, or a larger checkpoint.save_every_steps"
+                )
         return self
 
     @property

@@ -19,7 +19,7 @@ from data_pipeline.stream import Stream, Validation
 from pretrain import checkpoint
 from pretrain.archive import bring_home
 from pretrain.attempt import Attempt
-from pretrain.checkpoint import Committed, Damaged, Position, Saver
+from pretrain.checkpoint import Committed, Damaged, Position, SaveError, Saver
 from pretrain.engine import Engine
 from pretrain.fields import check_same_run
 from pretrain.guard import StopSignals
@@ -100,7 +100,8 @@ def begin(
 ) -> Attempt:
     """Begin an attempt: its course, engine, checkpoint, branch. `before`: the one that a rollback has just ended."""
     watchdog.beat("start", 0)
-    start: Start = ranks.first(lambda: _open_run(run))
+    examined = run if before is None else run.model_copy(update={"resume": "must"})
+    start: Start = ranks.first(lambda: _open_run(examined))
     course = plan_course(run, start.records)
     if before is None:
         model = run.model.build()
@@ -153,7 +154,8 @@ def begin(
     if journal is not None:
         watchdog.on_hang = attempt.hung
     if chosen is None:
-        attempt.save()
+        if (ending := attempt.save()) is not None:
+            raise SaveError(f"{run.run_folder}: {ending.why}")
         attempt.saver.wait()
     else:
         attempt.saver.last_step = position.step

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 
+from configs import ConfigError
 from data_pipeline.stream import timed
 from pretrain import guard
 from pretrain.attempt import Attempt, Ending
 from pretrain.engine import Outcome
 from pretrain.guard import StopSignals
+from pretrain.lineage import TakenOver
 from pretrain.memory import explain_out_of_memory, is_out_of_memory
 from pretrain.meter import Startup
 from pretrain.ranks import AbsentRanks, Ranks
@@ -21,6 +23,10 @@ from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
 
+LONGEST_CLOSE_S = 300.0  # that the other ranks wait for rank 0, which closes archive and trackers
+ENDS = {TakenOver: guard.TAKEN_OVER, ConfigError: guard.USAGE}  # exit codes by the error that reaches the command
+SKIPPED_WHOLE = Outcome(0.0, 0.0, applied=True)  # a step of which every sample is skipped
+
 
 def train(run: TrainRun, stop: StopSignals) -> int:
     """Train until the run's tokens are consumed or something ends the attempt; the exit code (see `guard`)."""
@@ -30,7 +36,7 @@ def train(run: TrainRun, stop: StopSignals) -> int:
         ranks = Ranks.join(run.guard.rendezvous_timeout_s, 2 * longest)  # the watchdog comes before
     except AbsentRanks as error:
         for rank, host in error.absent.items():
-            accuse(run.run_folder, rank, host, "absent at the rendezvous")
+            accuse(run.run_folder, rank, host, str(error))
         raise
     startup.mark("rendezvous")
     _set_up_logging(ranks)
@@ -44,41 +50,47 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
         return code
     except Exception as error:
-        code = guard.OUT_OF_MEMORY if is_out_of_memory(error) else guard.FAILED
+        code = guard.OUT_OF_MEMORY if is_out_of_memory(error) else ENDS.get(type(error), guard.FAILED)
         if attempt is not None:
             attempt.failed(code, error)
-        if code == guard.FAILED:
+        if code != guard.OUT_OF_MEMORY:
             raise
         log.error("%s", explain_out_of_memory(run, ranks.size, watchdog.where, ranks.device))
         return code
     finally:
+        watchdog.stop()
         if attempt is not None:
             attempt.close()
+            if attempt.ended is not None:
+                ranks.leave_together(LONGEST_CLOSE_S)
 
 
 def _loop(a: Attempt) -> int:
     settings = a.run
+    evaluated = True
     if a.position.step in (0, a.last_step) and not a.evaluated:
-        a.evaluate()
+        evaluated = a.evaluate()
     for batch, waited in timed(a.stream.batches(a.position.step, a.last_step)):
         begun = time.perf_counter()
         now = a.course.at(batch.step)
         count = int(a.course.tokens(batch.step + 1) - a.course.tokens(batch.step))
         rates = now.optim.rates(now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens))
-        outcome = a.engine.step(a.feed(batch), count, rates) if count else Outcome(0.0, 0.0, applied=True)
+        outcome = a.engine.step(a.feed(batch), count, rates) if count else SKIPPED_WHOLE
         a.advance(batch)
         a.post(outcome, rates.lr, time.perf_counter() - begun, waited)
         last = a.position.step == a.last_step
         ending = a.judge(batch, outcome)
         if ending is None and a.due(settings.guard.check_weights_every_steps):
             ending = a.check_weights()
+        if last and ending is not None and ending.saves:
+            ending = None  # there is nothing left to stop but the evaluation
         if ending is None and (last or a.due(settings.checkpoint.save_every_steps)):
             ending = a.save()
-        if ending is not None and not (last and ending.saves):
+        if ending is not None:
             return a.end(ending)
         if last or a.due(settings.evaluation.every_steps):
-            a.evaluate()
-    return a.end(Ending(guard.DONE, a.end_reason))
+            evaluated = a.evaluate()
+    return a.end(Ending(guard.DONE, a.end_reason) if evaluated else a.asked_to_stop())
 
 
 def _set_up_logging(ranks: Ranks) -> None:

@@ -54,23 +54,28 @@ class Gossip(threading.Thread):
     def __init__(self, ranks: Ranks, interval_s: float, beat: Callable[[], Beat]) -> None:
         super().__init__(name="longhaul-gossip", daemon=True)
         self.ranks, self.interval_s, self.beat = ranks, interval_s, beat
+        self.published = 0
         self.alarm = False  # some rank hangs
         self.sounds_alarm = False  # this one does
         self.readings: list[dict[int, Beat]] | None = None
 
     def run(self) -> None:
-        with contextlib.suppress(Exception):  # rank 0 is gone: nobody hears anybody
-            store = self.ranks.another_store(STORE_TIMEOUT)
-            published = 0
-            while store is not None:
-                published += 1
-                store.set(f"beat/{self.ranks.rank}", json.dumps(asdict(replace(self.beat(), published=published))))
-                if self.sounds_alarm:
-                    store.set("hang", "1")
-                self.alarm = self.alarm or store.check(["hang"])
-                if self.readings is not None:
-                    self.readings.append(self._read(store))
-                time.sleep(self.interval_s)
+        while self.ranks.size > 1:
+            with contextlib.suppress(Exception):  # rank 0 is away, for a moment or for good
+                self._talk(self.ranks.another_store(STORE_TIMEOUT))
+            time.sleep(self.interval_s)
+
+    def _talk(self, store: Store | None) -> None:
+        """Until the store fails."""
+        while store is not None:
+            self.published += 1
+            store.set(f"beat/{self.ranks.rank}", json.dumps(asdict(replace(self.beat(), published=self.published))))
+            if self.sounds_alarm:
+                store.set("hang", "1")
+            self.alarm = self.alarm or store.check(["hang"])
+            if self.readings is not None:
+                self.readings.append(self._read(store))
+            time.sleep(self.interval_s)
 
     def listen(self) -> list[dict[int, Beat]]:
         """READINGS of everyone's beats; fewer where rank 0 does not answer."""
@@ -90,7 +95,9 @@ class Watchdog:
 
     def __init__(self, ranks: Ranks, run_folder: Path, start_timeout_s: float, timeout_s: float) -> None:
         self.ranks, self.run_folder, self.timeout_s = ranks, run_folder, timeout_s
+        self.start_timeout_s = start_timeout_s
         self.limit_s = max(start_timeout_s, timeout_s)  # until `started`
+        self._stopped = False
         self.interval_s = min(5.0, timeout_s / 5)
         self.on_hang: Callable[[int, str], None] = lambda step, why: None
         self._beat, self._at = Beat(0, "start", 0), time.monotonic()
@@ -103,9 +110,22 @@ class Watchdog:
         """This rank makes progress."""
         self._beat, self._at = Beat(self._beat.count + 1, phase, step), time.monotonic()
 
+    def alive(self) -> None:
+        """This rank waits for something that may take long, which is no progress of the run but no hang either."""
+        self._at = time.monotonic()
+
+    def starting(self) -> None:
+        """A start is going on, in which the longer time counts."""
+        self._at, self.limit_s = time.monotonic(), max(self.start_timeout_s, self.timeout_s)
+
     def started(self) -> None:
         """The first step is done: from now on the shorter time counts."""
         self.limit_s = self.timeout_s
+
+    def stop(self) -> None:
+        """What comes now has limits of its own."""
+        self._stopped = True
+        faulthandler.cancel_dump_traceback_later()
 
     @property
     def where(self) -> str:
@@ -113,12 +133,13 @@ class Watchdog:
         return f"{self._beat.phase} at step {self._beat.step}"
 
     def _watch(self) -> None:
-        while True:
+        while not self._stopped:
             faulthandler.dump_traceback_later(self.limit_s + 20 * self.interval_s + 60, exit=True)
             late = time.monotonic() - self._at > self.limit_s
-            if late or self._gossip.alarm:
+            if (late or self._gossip.alarm) and not self._stopped:
                 self._end(late)
             time.sleep(self.interval_s)
+        faulthandler.cancel_dump_traceback_later()
 
     def _end(self, late: bool) -> None:
         """Write the stacks, name the suspect, and end this process."""

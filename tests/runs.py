@@ -139,4 +139,4 @@ def losses(folder: Path, branch: int) -> dict[int, float]:
     """The loss of every step that a branch's journal has."""
     lines = (folder / "run" / "journal" / f"{branch}.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {r["step"]: r["metrics"]["loss"] for r in records if r["type"] == "step"}
+    return {r["step"]: r["metrics"]["loss"] for r in records if r["type"] == "step" and "loss" in r["metrics"]}

@@ -28,13 +28,15 @@ class Engine(Protocol):
     """What the loop and the checkpoints ask of an engine."""
 
     module: nn.Module
-    replicated: bool  # every rank holds all weights that compute
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted sum of a batch's losses in fp32, without gradients."""
+
+    def replicas(self) -> list[Tensor]:
+        """Tensors of fp32 or bf16 that every rank holds alike."""
 
     def state(self) -> State:
         """The training state by name; moments are created where no step has been taken yet."""

@@ -35,8 +35,6 @@ class Torch(Section):
 class PlainEngine:
     """Masters in one flat fp32 buffer, gradients in another; the model's parameters are views or bf16 copies."""
 
-    replicated = True
-
     def __init__(self, settings: Torch, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
         self.module, self.optim, self.ranks = model.to(ranks.device), optim, ranks
         self.timer = ForwardTimer(ranks.device)
@@ -89,6 +87,11 @@ class PlainEngine:
         """See `Engine.loss`."""
         loss: Tensor = self.forward(*batch)
         return loss
+
+    def replicas(self) -> list[Tensor]:
+        """See `Engine.replicas`: everything."""
+        moments = [v for state in self.optimizer.state.values() for v in state.values() if v.ndim]
+        return [p.data for p in self.parameters] + (self.masters if self.reduced else []) + moments
 
     def state(self) -> State:
         """See `Engine.state`. Every rank holds everything and owns an equal share."""

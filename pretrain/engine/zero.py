@@ -74,7 +74,6 @@ class ZeroEngine:
     def __init__(self, settings: DeepSpeed, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
         deepspeed = _import()
         self.settings, self.optim, self.ranks = settings, optim, ranks
-        self.replicated = settings.zero_stage < 3
         self.timer = ForwardTimer(ranks.device)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         model = model.to(ranks.device)
@@ -115,6 +114,10 @@ class ZeroEngine:
         """See `Engine.loss`."""
         loss: Tensor = self.engine.module(*batch)
         return loss.float()
+
+    def replicas(self) -> list[Tensor]:
+        """See `Engine.replicas`: the weights that compute."""
+        return [p.data for p in self.module.parameters()] if self.settings.zero_stage < 3 else []
 
     def state(self) -> State:
         """See `Engine.state`."""

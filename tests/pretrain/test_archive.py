@@ -194,6 +194,30 @@ def test_verify_follows_the_chain_and_an_archived_checkpoint_comes_home(tmp_path
     assert verify(run, "--deep")[0] == 0
 
 
+def test_verify_beside_a_live_run_and_on_a_bad_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run(tmp_path, TORCH, steps=20)
+    assert verify(config) == (0, f"{tmp_path}/run: no checkpoints\n")
+    assert verify(config, "--json") == (0, "[]\n")
+    run_to_end(config)
+    checkpoints = tmp_path / "run/checkpoints"
+    manifest = checkpoints / "step-20.b1/MANIFEST.json"
+    manifest.unlink()
+    manifest.mkdir()  # cannot be read
+    whole = checkpoint.verify
+
+    def retire_and_verify(folder: Path) -> list[str]:
+        if folder.name == "step-0.b1":
+            checkpoint.remove(folder)
+        return whole(folder)
+
+    monkeypatch.setattr(checkpoint, "verify", retire_and_verify)
+    code, text = verify(tmp_path / "run")
+    assert code == 1 and text.splitlines() == [
+        f"step-20.b1: {manifest}: Is a directory",
+        "step-10.b1: whole, digest as in the journal",
+    ]
+
+
 def test_verify_reads_the_data_again(tmp_path: Path) -> None:
     """A checkpoint whose digest is not that of its data, though every hash is right."""
     run_to_end(write_run(tmp_path, TORCH, steps=20))

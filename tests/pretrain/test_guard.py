@@ -207,6 +207,37 @@ def test_stopped_at_a_step_and_gone_on_later(tmp_path: Path) -> None:
     assert losses(stopped, 2) == {step: loss for step, loss in losses(golden, 1).items() if step > 15}
 
 
+@pytest.mark.parametrize("step", [37, 38, 39])
+def test_asked_to_stop_at_the_very_end(step: int, tmp_path: Path) -> None:
+    """Whatever step it reaches, that step has its checkpoint, and the next start finds nothing lost."""
+    config = write_run(tmp_path)
+    started = Started(config, 2, variables=fails(f"train.step@1#{step}=term"))
+    (code,) = set(started.wait())
+    reached = final_state(tmp_path)[0]["step"]
+    assert (code, reached) in [(guard.STOPPED, step + 2), (guard.STOPPED, 40), (guard.DONE, 40)], started.text
+    run_to_end(config, 2)
+    assert final_state(tmp_path)[0]["step"] == 40
+
+
+def test_an_evaluation_at_the_end_that_was_left_is_made_up_for(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=8)
+    started = Started(config, 2, variables=fails("evaluate.batch@0#20=term; evaluate.batch=sleep:0.2"))
+    codes = set(started.wait())
+    if codes == {guard.STOPPED}:
+        assert final_state(tmp_path)[0]["step"] == 8 and "evaluation left unfinished" in started.text
+        assert "step 8  validation loss" in run_to_end(config, 2)
+    else:
+        pytest.fail(f"the signal came too early or late: {started.text}")
+
+
+def test_a_rollback_needs_checkpoints_from_before_the_bad_steps(tmp_path: Path) -> None:
+    started = Started(write_run(tmp_path), 1, ROLLBACK, "guard.max_skipped_steps=31")
+    assert started.wait() == [guard.USAGE]
+    assert (
+        "checkpoint.keep_last: 3, but a rollback goes back over up to 31 bad steps: expected at least 5" in started.text
+    )
+
+
 def test_leaves_before_the_allocation_ends(tmp_path: Path) -> None:
     config = write_run(tmp_path, steps=100_000)
     started = Started(config, 2, variables={"LONGHAUL_END_TIME": str(time.time() + 60)})

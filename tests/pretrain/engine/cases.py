@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configs import build
-from pretrain import checkpoint
+from pretrain import checkpoint, replicas
 from pretrain.checkpoint import Checkpoints, Position, Saver
 from pretrain.engine import Engine
 from pretrain.engine.plain import PlainEngine, Torch
@@ -179,3 +179,14 @@ def load_with_every_engine(ranks: Ranks, precision: str, folder: Path) -> dict[s
             here = f"{place.name} into {kind}-{stage}-on-{ranks.size}"
             found[here] = (state_hash(ranks, live), train(ranks, live, range(3, 4)))
     return found
+
+
+def odd_after_a_flip(ranks: Ranks, engine: Torch | DeepSpeed, kind: str) -> tuple[list[int], list[int]]:
+    """The odd ranks before and after one bit of rank 1's tensor of a kind has flipped."""
+    made = make(ranks, engine)
+    train(ranks, made, range(2))
+    before = replicas.odd_ranks(made, ranks)
+    tensor = next(made.module.parameters()).data if kind == "weights" else made.state().flats[0][kind]
+    if ranks.rank == 1:
+        tensor.view(-1)[:1].view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).bitwise_xor_(1)
+    return before, replicas.odd_ranks(made, ranks)

@@ -101,3 +101,19 @@ def test_every_engine_on_1_to_4_ranks_loads_what_every_other_saved(tmp_path: Pat
             expected_state, expected = saved[way.split(" into ")[0]]
             assert state == expected_state, way
             assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE[precision]), way
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "stage", "tensor"),
+    [
+        ("torch", "bf16", 1, "weights"),
+        ("torch", "bf16", 1, "fp32"),
+        ("torch", "fp32", 1, "exp_avg_sq"),
+        ("deepspeed", "bf16", 2, "weights"),
+    ],
+)
+def test_the_lowest_bit_of_what_all_ranks_hold_is_watched(
+    kind: str, precision: str, stage: int, tensor: str, tmp_path: Path
+) -> None:
+    results = on_ranks(tmp_path, 3, cases.odd_after_a_flip, cases.settings(kind, precision, stage), tensor)
+    assert results == [([], [1])] * 3
