@@ -95,10 +95,8 @@ def verify(
     rows = verify_run(loaded, deep)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
-    elif not rows:
-        print(f"{loaded.run_folder}: no checkpoints")
-    for row in [] if as_json else rows:
-        print(row.line)
+    else:
+        print("\n".join(row.line for row in rows) or f"{loaded.run_folder}: no checkpoints")
     if any(row.problems for row in rows):
         raise typer.Exit(1)
 

@@ -13,10 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.shards import ShardError
 from data_pipeline.stream import Stream
 from pretrain import checkpoint
 from pretrain.archive import open_archive
-from pretrain.checkpoint import Committed, Position
+from pretrain.checkpoint import Committed, Damaged, Position
 from pretrain.lineage import Lineage
 from pretrain.run import TrainRun
 from pretrain.segments import Segments, plan_course
@@ -46,17 +47,21 @@ class Verified:
 
 
 def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
-    """Every checkpoint of a run, newest first."""
+    """Every checkpoint of a run, newest first; not those that the run removes meanwhile."""
     folder = run.run_folder
-    live = set(checkpoint.live_checkpoints(folder))
+    found = checkpoint.all_checkpoints(folder)
+    live = set(checkpoint.live_checkpoints(folder))  # after `found`: a live run may commit between the two
     archived = _archived(run)
     rows, whole = [], {}
-    for step, branch, path in checkpoint.all_checkpoints(folder):
+    for step, branch, path in found:
+        committed, problems = _read(path)
+        if problems and _is_gone(path):
+            continue
         there = None if archived is None else path.name in archived
-        row = Verified(path.name, step, branch, path in live, there, checkpoint.verify(path))
+        row = Verified(path.name, step, branch, path in live, there, problems)
         rows.append(row)
-        if not row.problems:
-            whole[path] = (row, checkpoint.open_checkpoint(path))
+        if committed is not None:
+            whole[path] = (row, committed)
     journal = {(r.branch, r.step): r.fields for r in read_journal(folder) if r.type == "step" and "digest" in r.fields}
     for row, committed in whole.values():
         _check_journal(row, committed.position, journal.get((row.branch, row.step)))
@@ -67,6 +72,27 @@ def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
     if deep:
         _add_up(run, chain)
     return rows
+
+
+def _read(path: Path) -> tuple[Committed | None, list[str]]:
+    """A checkpoint of which every byte was read and is right, or what is wrong."""
+    try:
+        problems = checkpoint.verify(path)
+        return (None, problems) if problems else (checkpoint.open_checkpoint(path), [])
+    except Damaged as error:
+        return None, [str(error)]
+    except OSError as error:
+        return None, [f"{error.filename or path}: {error.strerror}"]
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # it cannot be seen, which is another matter
+    return False
 
 
 def _archived(run: TrainRun) -> set[str] | None:
@@ -112,7 +138,11 @@ def _add_up(run: TrainRun, chain: list[tuple[Verified, Committed]]) -> None:
     )  # fmt: skip
     for (_, before), (row, after) in pairwise(chain):
         first, end = before.position.step, after.position.step
-        fed = sum(batch.digest for batch in stream.batches(first, end))
+        try:
+            fed = sum(batch.digest for batch in stream.batches(first, end))
+        except (OSError, ShardError) as error:
+            row.problems.append(f"the data from step {first} on: {error}")
+            continue
         expected = f"{(int(before.position.digest, 16) + fed) % 2**128:032x}"
         row.digest = f"that of the data from step {first} on"
         if after.position.digest != expected:

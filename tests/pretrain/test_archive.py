@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -230,3 +231,8 @@ def test_verify_reads_the_data_again(tmp_path: Path) -> None:
     assert verify(tmp_path / "run")[0] == 0
     code, text = verify(tmp_path / "run", "--deep")
     assert code == 1 and f"step-10.b1: digest {'e' * 32} is not " in text and "that of the data from step 0" in text
+    for shard in (tmp_path / "alpha").rglob("*.tar"):
+        flip(shard)
+    code, text = verify(tmp_path / "run", "--deep")
+    assert code == 1 and re.match(r"step-20.b1: the data from step 10 on: \S+/alpha/\S+: ", text)
+    assert "\nstep-10.b1: the data from step 0 on: " in text and "\nstep-0.b1: whole" in text
