@@ -28,6 +28,7 @@ from data_pipeline.shards import sync_folder, write_durably
 log = logging.getLogger("pretrain")
 
 MANIFEST = "MANIFEST.json"
+FIRST = "lineage/1.json"
 MOST_WAITING = 2  # checkpoints that are kept on disk only because they are not archived yet
 READ_BYTES = 4 * 2**20
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0  # between two tries
@@ -87,7 +88,10 @@ class Store:
         return sorted(str(path).split("/")[-2] for path in found)
 
     def put(self, folder: Path, go_on: Callable[[], bool] = lambda: True) -> None:
-        """Copy a checkpoint and what describes its run. Raises ArchiveError; OSError and others when it is away."""
+        """Copy a checkpoint and what describes its run; nothing that counts once `go_on` is false.
+
+        Raises ArchiveError; OSError and others when the archive is away.
+        """
         data = (folder / MANIFEST).read_bytes()
         target = f"{self.root}/checkpoints/{folder.name}"
         self.fs.invalidate_cache()
@@ -97,6 +101,8 @@ class Store:
                     f"{self.address}: holds another checkpoint {folder.name}; give another checkpoint.archive.to"
                 )
             return
+        run_folder = folder.parents[1]
+        self._check_same_run(run_folder)
         for name, file in json.loads(data)["files"].items():
             if not go_on():
                 return
@@ -105,11 +111,24 @@ class Store:
             if self._hash(f"{target}/{name}") != file["hash"]:
                 raise OSError(f"{target}/{name}: not what was written")
             fail_at("archive.copied")
-        run_folder = folder.parents[1]
-        for path in [run_folder / "run.yaml", *run_folder.glob("segments/*.json"), *run_folder.glob("lineage/*.json")]:
+        self.describe(run_folder)
+        if go_on():
+            self._write(f"{target}/{MANIFEST}", data)
+
+    def describe(self, run_folder: Path) -> None:
+        """Copy what a run is, and which of its branches are alive. Raises what `put` does."""
+        self._check_same_run(run_folder)
+        branches = sorted(run_folder.glob("lineage/[0-9]*.json"), key=lambda path: int(path.stem))  # parents first
+        for path in [run_folder / "run.yaml", *run_folder.glob("segments/*.json"), *branches]:
             if path.is_file():
                 self._write(f"{self.root}/{path.relative_to(run_folder)}", path.read_bytes())
-        self._write(f"{target}/{MANIFEST}", data)
+
+    def _check_same_run(self, run_folder: Path) -> None:
+        """A run's first branch has a time, a host and a process that no other's has."""
+        first, known = run_folder / FIRST, f"{self.root}/{FIRST}"
+        self.fs.invalidate_cache()
+        if first.is_file() and self.fs.exists(known) and self.fs.cat_file(known) != first.read_bytes():
+            raise ArchiveError(f"{self.address}: holds another run of this name; give another checkpoint.archive.to")
 
     def bring(self, name: str, target: Path) -> None:
         """Copy a checkpoint back: whole and verified, or not at all. Raises ArchiveError."""
@@ -182,6 +201,7 @@ class Archiver:
         self.archive, self.run_folder = archive, run_folder
         self.pause_s = FIRST_PAUSE_S
         self._waiting: list[Path] = []
+        self._stale = False  # what the archive says of the run
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -194,10 +214,20 @@ class Archiver:
             self._waiting.append(folder)
             if len(self._waiting) > MOST_WAITING:
                 log.warning("%s: not archived: %s is too slow or away", self._waiting.pop(0), self.archive.to)
-            self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="longhaul-archive", daemon=True)
-                self._thread.start()
+            self._wake()
+
+    def refresh(self) -> None:
+        """Have the run described anew: each attempt does as it begins, so that the archive, too, knows what it has
+        retired."""
+        with self._changed:
+            self._stale = not self._closed
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="longhaul-archive", daemon=True)
+            self._thread.start()
 
     def waiting(self) -> set[Path]:
         """Checkpoints that must stay until they are copied."""
@@ -207,7 +237,7 @@ class Archiver:
     def close(self, seconds: float) -> None:
         """Wait for what is under way, say what is left, and end. A later start of the run takes it up again."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, seconds)
+            self._changed.wait_for(lambda: not self._waiting and not self._stale, seconds)
             self._closed = True
             self._changed.notify()
             for folder in self._waiting:
@@ -217,7 +247,11 @@ class Archiver:
         pause = self.pause_s
         while (folder := self._next()) is not None:
             try:
-                open_archive(self.archive, self.run_folder).put(folder, lambda: not self._closed)
+                store = open_archive(self.archive, self.run_folder)
+                if folder == self.run_folder:
+                    store.describe(folder)
+                else:
+                    store.put(folder, lambda: not self._closed)
             except ArchiveError as error:
                 log.warning("%s: not archived", error)
                 self._drop(folder)
@@ -232,17 +266,19 @@ class Archiver:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
                 pause = self.pause_s
-                if not self._closed:
+                if not self._closed and folder != self.run_folder:
                     log.info("archived %s in %s", folder.name, self.archive.to)
                 self._drop(folder)
 
     def _next(self) -> Path | None:
+        """A checkpoint to copy, or first the run folder where that is to be described; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
-            return None if self._closed else self._waiting[0]
+            self._changed.wait_for(lambda: self._stale or bool(self._waiting) or self._closed)
+            return None if self._closed else self.run_folder if self._stale else self._waiting[0]
 
     def _drop(self, folder: Path) -> None:
         with self._changed:
+            self._stale = self._stale and folder != self.run_folder
             if folder in self._waiting and not self._closed:
                 self._waiting.remove(folder)
             self._changed.notify_all()

@@ -54,6 +54,7 @@ class Start:
     damaged: list[str]
     fresh: bool  # no attempt has ever taken a branch
     why: str = "start"
+    newest_step: int = 0  # of the checkpoints to try, damaged ones too
     parent: Parent | None = None  # what a new run begins from, until it has a checkpoint of its own
 
     @property
@@ -80,12 +81,15 @@ def examine(run: TrainRun) -> Start:
     check_same_parent(recorded, run)
     records = Segments(folder).read()
     plan_course(run, records)
-    candidates, damaged = _candidates(run)
+    folders = _to_try(run)
+    candidates, damaged = _candidates(run, folders)
     if not candidates and (damaged or checkpoint.all_checkpoints(folder) or _has_steps(folder)):
         more = f"; {damaged[0]}" if damaged else ""
         raise ConfigError(f"{folder}: no checkpoint of the live lineage verifies, and steps were trained{more}")
     if candidates:
-        return Start(records, candidates, damaged, fresh=False, why=_why(run))
+        newest = checkpoint.NAME.fullmatch(folders[0].name)
+        assert newest is not None
+        return Start(records, candidates, damaged, fresh=False, why=_why(run), newest_step=int(newest[1]))
     parent = find_parent(recorded)
     return Start(records, [], [], fresh=False, why=parent.why if parent else "start", parent=parent)
 
@@ -197,11 +201,16 @@ def _open_run(run: TrainRun) -> Start:
     return start
 
 
-def _candidates(run: TrainRun) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Checkpoints to resume from, newest first, whose manifests are whole; and a line for each that is not."""
+def _to_try(run: TrainRun) -> list[Path]:
+    """The live checkpoints, newest first, or the one that `resume` names."""
     named = None if run.resume in ("auto", "must", "never") else _named(run)
+    return checkpoint.live_checkpoints(run.run_folder) if named is None else [named]
+
+
+def _candidates(run: TrainRun, folders: list[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Those of the checkpoints whose manifests are whole; and a line for each that is not."""
     whole, damaged = [], []
-    for folder in checkpoint.live_checkpoints(run.run_folder) if named is None else [named]:
+    for folder in folders:
         try:
             committed = checkpoint.open_checkpoint(folder)
         except Damaged as error:
@@ -279,21 +288,20 @@ def _load_newest(start: Start, engine: Engine, ranks: Ranks) -> Committed | None
     """Load the newest checkpoint that verifies on every rank; None where there is none to load."""
     for line in start.damaged:
         _warn(ranks, line)
-    newest: int | None = None
     for folder, manifest_hash in start.candidates:
         committed, problem = None, None
         try:
             committed = _open_patiently(folder, manifest_hash)
-            newest = committed.position.step if newest is None else newest
             state = engine.state()
             checkpoint.load(committed, state)
         except Damaged as error:
             problem = str(error)
         problems = [p for p in ranks.gather(problem) if p is not None]
         if not problems:
-            assert committed is not None and newest is not None
+            assert committed is not None
             engine.loaded(state)  # may be collective: only where every rank has loaded
-            lost = f" ({newest - committed.position.step} steps lost)" if newest != committed.position.step else ""
+            steps = start.newest_step - committed.position.step
+            lost = f" ({steps} steps lost)" if steps else ""
             _warn(ranks, f"going on from {committed.folder.name}{lost}", logging.INFO)
             return committed
         _warn(ranks, f"{problems[0]}; trying the checkpoint before it")

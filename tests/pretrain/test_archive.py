@@ -67,6 +67,53 @@ def test_put_and_brought_back(address: str, run_folder: Path) -> None:
         store.put(folder)
 
 
+def test_the_archive_calls_retired_what_a_rollback_retires(address: str, run_folder: Path) -> None:
+    archive = Archive(to=address, every_steps=4)
+    store = open_archive(archive, run_folder)
+    for step in (4, 8):
+        commit(run_folder, step)
+        store.put(run_folder / f"checkpoints/step-{step}.b1")
+    Lineage(run_folder).take(1, 4, None, "rollback")
+    archiver = Archiver(archive, run_folder)
+    archiver.refresh()
+    archiver.close(30.0)
+    home = run_folder.with_name("home")
+    store.fs.get(f"{store.root}/", str(home), recursive=True)
+    assert Lineage(home).live() == [(2, None), (1, 4)]
+    assert [path.name for path in checkpoint.live_checkpoints(home)] == ["step-4.b1"]
+
+
+def test_a_checkpoint_that_is_retired_while_it_is_copied_is_not_archived(address: str, run_folder: Path) -> None:
+    commit(run_folder, 4)
+    store = open_archive(Archive(to=address, every_steps=1), run_folder)
+    answers = iter([True] * 4 + [False])  # for each of its files, and for the manifest
+    store.put(run_folder / "checkpoints/step-4.b1", lambda: next(answers))
+    assert next(answers, None) is None
+    assert store.names() == []
+
+
+def test_the_archive_of_another_run_is_left_as_it_is(
+    tmp_path: Path, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    archive = Archive(to=str(tmp_path / "archive"), every_steps=1)
+    commit(run_folder, 4)
+    store = open_archive(archive, run_folder)
+    store.put(run_folder / "checkpoints/step-4.b1")
+    kept = (tmp_path / "archive/run/lineage/1.json").read_bytes()
+    shutil.rmtree(run_folder)  # and begun anew
+    Lineage(run_folder).take(None, 0, None, "start")
+    commit(run_folder, 8)
+    line = f"{tmp_path}/archive/run: holds another run of this name; give another checkpoint.archive.to"
+    with pytest.raises(ArchiveError, match=line):
+        store.put(run_folder / "checkpoints/step-8.b1")
+    archiver = Archiver(archive, run_folder)
+    archiver.refresh()
+    archiver.close(30.0)
+    assert f"{line}: not archived" in caplog.text
+    assert (tmp_path / "archive/run/lineage/1.json").read_bytes() == kept
+    assert [path.name for path in (tmp_path / "archive/run/checkpoints").iterdir()] == ["step-4.b1"]
+
+
 def test_a_damaged_checkpoint_is_not_archived_and_a_damaged_archive_not_brought_back(
     tmp_path: Path, run_folder: Path
 ) -> None:

@@ -89,7 +89,9 @@ def test_a_missing_file_in_the_newest_checkpoint(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     run_to_end(config)
     (checkpoint.live_checkpoints(tmp_path / "run")[0] / "rank-0-of-1.json").unlink()
-    assert "rank-0-of-1.json: missing" in run_to_end(config)
+    text = run_to_end(config)
+    assert "rank-0-of-1.json: missing" in text
+    assert "going on from step-30.b1 (10 steps lost)" in text
 
 
 def refused(config: Path, *overrides: str) -> str:
