@@ -263,6 +263,24 @@ def test_crash_loop(launched: Launched) -> None:
     assert "ExitCode=8:0" in launched.cluster.run(f"scontrol show job {launched.number}")
 
 
+def test_a_mistake_is_final_where_every_rank_finds_it(launched: Launched) -> None:
+    together = "import time; time.sleep(3 - time.time() % 3 + 0.3 * rank); os._exit(2)"  # a TERM meanwhile ends none
+    launched.submit(Slurm(nodes=2), launched.job(extra=together))
+    assert launched.end() == "FAILED"
+    assert "attempt 1 ended with exit 2: not to be started again: a mistake in the configuration\n" in launched.log
+
+
+def test_what_one_rank_alone_calls_a_mistake_is_not_final(launched: Launched) -> None:
+    alone = "if (rank, attempt) == (1, 1): print('no such file', flush=True); sys.exit(2)"
+    launched.submit(Slurm(nodes=2), launched.job(last=30, extra=alone))
+    assert launched.end() == "COMPLETED"
+    assert (
+        "attempt 1 ended with exit 1: starting again at once on n1, n2 (restart 1 of 20) (rank 1 on n2: no such file)"
+        in launched.log
+    )
+    assert [end["exit_code"] for end in launched.records("end")] == [1, 0]
+
+
 def test_without_python_and_without_slurm_where_the_ranks_run(launched: Launched) -> None:
     python = launched.folder / "python"  # as a container that only has the ranks, and none of SLURM's commands
     python.write_text(f'#!/bin/bash\n[[ "$*" != *launch.batch* ]] || exit 127\nPATH= exec {sys.executable} "$@"\n')
