@@ -22,6 +22,7 @@ from configs import ConfigError
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT_S = 600.0
+LAST_WAIT_S = 5.0
 COLLECTIVE_TIMEOUT_S = 3600.0
 
 
@@ -134,13 +135,17 @@ class Ranks:
         return None if self.place.address is None else _connect(self.place, timeout, serves=False)
 
     def leave_together(self, seconds: float) -> None:
-        """Called by every rank when its work is done: the others wait until rank 0 is, as the first to go may take
-        the rest with it."""
+        """Called by every rank when its work is done: the others wait until rank 0 is, as a launcher may end all with
+        the first; and rank 0, which serves the store, goes last."""
         with contextlib.suppress(Exception):  # rank 0 has gone
-            if self.rank == 0:
-                self._store.set("done", "1")
-            elif self.size > 1:
+            if self.rank != 0:
                 self._store.wait(["done"], timedelta(seconds=seconds))
+                self._store.add("gone", 1)
+                return
+            self._store.set("done", "1")
+            deadline = time.monotonic() + LAST_WAIT_S
+            while self._store.add("gone", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def __enter__(self) -> Ranks:
         return self

@@ -108,6 +108,8 @@ def begin(
     start: Start = ranks.first(lambda: _open_run(examined))
     course = plan_course(run, start.records)
     if before is None:
+        run.preflight.check(ranks, run.run_folder)
+        startup.mark("preflight")
         model = run.model.build()
         give_first_values(model, run, start.parent)
         engine: Engine = run.engine.build(model, run.optim, ranks)
@@ -157,6 +159,8 @@ def begin(
     attempt.saver.on_removed = lambda folder: _on_removed(journal, folder)
     if journal is not None:
         watchdog.on_hang = attempt.hung
+    if attempt.saver.archiver is not None:
+        attempt.saver.archiver.refresh()
     if chosen is None:
         if (ending := attempt.save()) is not None:
             raise SaveError(f"{run.run_folder}: {ending.why}")

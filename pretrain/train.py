@@ -14,6 +14,7 @@ from pretrain.guard import StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.memory import explain_out_of_memory, is_out_of_memory
 from pretrain.meter import Startup
+from pretrain.preflight import PreflightError
 from pretrain.ranks import AbsentRanks, Ranks
 from pretrain.rollback import roll_back
 from pretrain.run import TrainRun
@@ -42,14 +43,14 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     _set_up_logging(ranks)
     watchdog = Watchdog(ranks, run.run_folder, run.guard.start_timeout_s, run.guard.hang_timeout_s)
     attempt: Attempt | None = None
+    together = False  # every rank raises the same
     try:
-        run.preflight.check(ranks, run.run_folder)
-        startup.mark("preflight")
         attempt = begin(run, ranks, stop, watchdog, startup)
         while (code := _loop(attempt)) and roll_back(attempt):
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
         return code
     except Exception as error:
+        together = "said_by_rank_0" in vars(error) or isinstance(error, PreflightError)
         code = guard.OUT_OF_MEMORY if is_out_of_memory(error) else ENDS.get(type(error), guard.FAILED)
         if attempt is not None:
             attempt.failed(code, error)
@@ -61,8 +62,8 @@ def train(run: TrainRun, stop: StopSignals) -> int:
         watchdog.stop()
         if attempt is not None:
             attempt.close()
-            if attempt.ended is not None:
-                ranks.leave_together(LONGEST_CLOSE_S)
+        if together or (attempt is not None and attempt.ended is not None):
+            ranks.leave_together(LONGEST_CLOSE_S)
 
 
 def _loop(a: Attempt) -> int:

@@ -18,6 +18,7 @@ os.environ["PYTHONWARNINGS"] = "ignore"
 import argparse
 import random
 import sys
+from pathlib import Path
 
 from tests.chaos import table
 from tests.chaos.cases import CASES, Room
@@ -31,11 +32,14 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seed", type=int, help="one case with this seed, nothing recorded")
     parser.add_argument("--tests", action="store_true", help="run the tests that prove the other rows")
+    parser.add_argument("--report", type=Path, help="take the rows of tests from this report of pytest (--junitxml)")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     failed = False
     if arguments.tests:
         failed = table.run_tests()
+    elif arguments.report is not None:
+        failed = table.read_tests(arguments.report)
     elif not arguments.table:
         import_everything()
         room = Room()

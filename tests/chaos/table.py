@@ -7,11 +7,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from tests.chaos.cases import Result
 
@@ -21,53 +22,61 @@ RESULTS, TABLE = ROOT / "docs" / "faults.jsonl", ROOT / "docs" / "faults.md"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: what is done, and the tests that prove it where it is no chaos case."""
+    """A row of the table: what is done; and where it is no chaos case, the tests that prove it: those in `files` whose
+    names hold one of `words`, or all."""
 
     id: str
     fault: str
-    tests: tuple[str, ...] = ()  # pytest nodes
-    trials: int | None = None  # in those tests; None: as many as tests passed
+    files: tuple[str, ...] = ()
+    words: tuple[str, ...] = ("",)
+
+    def holds(self, file: str, name: str) -> bool:
+        """Whether a test is one of the row's."""
+        return file in self.files and any(word in name for word in self.words)
 
 
-TRAIN, GUARD, DOG = "tests/pretrain/test_train.py", "tests/pretrain/test_guard.py", "tests/pretrain/test_watchdog.py"
-CLUSTER = "tests/cluster/test_faults.py"
+TRAIN, GUARD, DOG = (f"tests/pretrain/test_{name}.py" for name in ("train", "guard", "watchdog"))
+FAULTS, BATCH, RECOVERY, WATCHING = (
+    f"tests/cluster/test_{name}.py" for name in ("faults", "batch", "recovery", "watching")
+)
+LAUNCH = tuple(f"tests/launch/test_{name}.py" for name in ("cli", "local", "slurm", "policy", "status", "notice"))
 ROWS = [
-    Row("T1", "SIGKILL of a random rank (2 and 4 ranks), at random times and failpoints"),
+    Row("T1", "SIGKILL of a random rank (2 and 4 ranks), at random times, steps and failpoints"),
     Row("T2", "one rank slow in a save, then a kill"),
     Row("T3", "SIGKILL at every failpoint of a save"),
     Row("T4", "disk full, quota, I/O error during a save"),
     Row("T5", "flipped bit, cut, missing or empty file in the newest checkpoint"),
     Row("T6", "mistyped or empty resume path; killed before the first interval",
-        (TRAIN, "-k", "start_refuses or before_its_first_checkpoint")),
-    Row("T7", "checkpoint of another architecture, tokenizer or identity", (f"{TRAIN}::test_what_a_start_refuses",)),
-    Row("T8", "a foreign pickle as checkpoint", ("tests/pretrain/test_parent.py", "-k", "pickle")),
+        (TRAIN,), ("start_refuses", "before_its_first_checkpoint")),
+    Row("T7", "checkpoint of another architecture, tokenizer or identity",
+        (TRAIN, "tests/pretrain/test_parent.py"), ("start_refuses", "what_is_refused")),
+    Row("T8", "a foreign pickle as checkpoint", ("tests/pretrain/test_parent.py",), ("pickle",)),
     Row("T9", "NaN in a batch: skipped, documents logged; in a row: rolled back",
-        (GUARD, "-k", "nan or diverges or never_met")),
-    Row("T10", "loss spike: marked; with the policy on, rolled back", (GUARD, "-k", "spike")),
-    Row("T11", "a flipped bit in one rank's weights", (GUARD, "-k", "weights")),
+        (GUARD,), ("nan", "diverges", "never_met")),
+    Row("T10", "loss spike: marked; with the policy on, rolled back", (GUARD,), ("spike",)),
+    Row("T11", "a flipped bit in one rank's weights, masters or moments",
+        (GUARD, "tests/pretrain/engine/test_engines.py"), ("weights", "lowest_bit")),
     Row("T12", "SIGSTOP of a rank: stacks of all, the suspect named, exit 4"),
-    Row("T13", "out of memory at step 0, in evaluation, after 12 steps", (GUARD, "-k", "out_of_memory")),
-    Row("T14", "TERM, INT, USR1, USR2; in an evaluation; at the end of the allocation",
-        (TRAIN, GUARD, "-k", "a_signal_to_any_rank or evaluation_is_left or allocation_ends or no_time")),
-    Row("T15", "a rank missing at the rendezvous", (DOG, "-k", "absent")),
-    Row("T16", "resume on another number of ranks (ZeRO 1, 3)", (TRAIN, "-k", "another_number_of_ranks")),
-    Row("T17", "two attempts of one run alive at once",
-        (f"{TRAIN}::test_a_second_attempt_takes_over", "tests/cluster/test_recovery.py", "-k", "second or alive")),
-    Row("T18", "rolled back, then killed", (GUARD, "-k", "then_killed")),
-    Row("L1", "sbatch missing, a partition or account rejected, accounting down",
-        ("tests/cluster/test_batch.py", "tests/launch/test_slurm.py", "tests/cluster/test_watching.py", "-k",
-         "refused or missing or accounting or slurmdbd or controller or silent")),
+    Row("T13", "out of memory at step 0, in evaluation, after 12 steps", (GUARD,), ("out_of_memory",)),
+    Row("T14", "TERM, INT, USR1, USR2; in an evaluation; at the last steps; at the end of the allocation",
+        (TRAIN, GUARD), ("a_signal_to_any_rank", "evaluation_is_left", "allocation_ends", "no_time", "very_end")),
+    Row("T15", "a rank missing at the rendezvous", (DOG,), ("absent",)),
+    Row("T16", "resume on another number of ranks, stage or engine",
+        (TRAIN, "tests/pretrain/engine/test_engines.py"), ("another_number_of_ranks", "any_engine", "every_engine")),
+    Row("T17", "two attempts of one run alive at once", (TRAIN, RECOVERY), ("second_attempt", "two_attempts", "alive")),
+    Row("T18", "rolled back, then killed", (GUARD,), ("then_killed",)),
+    Row("L1", "sbatch missing, a partition or account rejected, accounting or controller down",
+        (BATCH, WATCHING, *LAUNCH), ("refuse", "missing", "silent", "daemons_down", "vanished")),
     Row("L2", "preemption with and without a user signal, GraceTime 0 and 10; time limit; requeue; scancel",
-        (CLUSTER, "-k", "preempt or limit or requeue or cancel")),
-    Row("L3", "node failure in mid-run: requeued, resumed, losses as undisturbed", ("tests/cluster/test_recovery.py",)),
-    Row("L4", "the same node fails twice", (CLUSTER, "-k", "twice")),
-    Row("L5", "the clock set back or forward",
-        ("tests/pretrain/test_goodput.py", "tests/launch/test_policy.py", "-k", "clock or jump or back")),
-    Row("L6", "no SLURM commands or Python where they are not promised", (CLUSTER, "-k", "python")),
+        (FAULTS, BATCH), ("test_preempted", "limit", "requeue", "cancel")),
+    Row("L3", "node failure in mid-run: requeued, resumed, losses as undisturbed", (RECOVERY,), ("preempted_lost",)),
+    Row("L4", "the same node fails twice", (FAULTS,), ("twice",)),
+    Row("L5", "the clock set back or forward", ("tests/pretrain/test_goodput.py", *LAUNCH), ("clock", "jump")),
+    Row("L6", "no SLURM commands or Python where they are not promised", (FAULTS,), ("python",)),
     Row("C1", "hostile YAML", ("tests/test_configs.py",)),
-    Row("C2", "a planted secret", (CLUSTER, "tests/launch", "-k", "secret")),
+    Row("C2", "a planted secret", (FAULTS, *LAUNCH), ("secret", "webhook")),
     Row("C3", "odd paths, umask 077, no inodes",
-        ("tests/launch", "tests/cluster", "tests/pretrain/test_save_faults.py", "-k", "path or umask or inode or odd")),
+        (FAULTS, BATCH, *LAUNCH, "tests/pretrain/test_save_faults.py"), ("odd", "umask", "inode", "without_python")),
     Row("P1", "data-prep: SIGKILL at random times"),
     Row("S1", "one bit flipped in a shard"),
     Row("M1", "the tracking server away"),
@@ -92,22 +101,31 @@ def recorded(row: str) -> int:
 
 
 def run_tests() -> bool:
-    """Run the tests of every row that has some, and record them; whether any failed."""
+    """Run the tests of all rows that have some, and record them; whether any failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        files = sorted({file for row in ROWS for file in row.files})
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}",
+                        *files], cwd=ROOT)  # fmt: skip
+        return read_tests(report)
+
+
+def read_tests(report: Path) -> bool:
+    """Record the rows whose tests a report of pytest holds; whether any of these failed, or was none."""
     bad = False
+    cases = [
+        (str(case.get("classname")).replace(".", "/") + ".py", str(case.get("name")), {child.tag for child in case})
+        for case in ElementTree.parse(report).getroot().iter("testcase")
+    ]
     for row in ROWS:
-        if not row.tests:
+        mine = [tags for file, name, tags in cases if row.holds(file, name) and "skipped" not in tags]
+        if not row.files:
             continue
-        begun = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:randomly", *row.tests],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        lines = done.stdout.splitlines()
-        passed, failed = (sum(line.startswith(word) for line in lines) for word in ("PASSED", "FAILED"))
-        print(f"{row.id}: {passed} passed, {failed} failed, {time.monotonic() - begun:.0f} s", flush=True)
-        bad = bad or bool(failed) or not passed
-        if passed or failed:
-            append(row.id, None, Result(trials=passed + failed, losses=failed))
+        failed = sum(bool(tags & {"failure", "error"}) for tags in mine)
+        print(f"{row.id}: {len(mine)} tests, {failed} failed", flush=True)
+        bad = bad or bool(failed) or not mine
+        if mine:
+            append(row.id, None, Result(trials=len(mine), losses=failed))
     return bad
 
 
@@ -126,7 +144,7 @@ def text() -> str:
         "fp32 on the CPU the same bits. *Losses* are trials after which something that a commit had promised was gone.",
         "*Steps redone* are the most of one trial; checkpoints were saved every 5 steps, the newest perhaps in",
         "flight. *Recover* is the median from the fault to the next attempt's first step, imports left out: ranks are",
-        "forks of a process that has imported everything.",
+        "forks of a process that has imported everything. Rows without it are proved by tests, a trial being a test.",
         "",
         "| row | fault | trials | losses | steps redone | recover, s | date | commit |",
         "|---|---|---|---|---|---|---|---|",
