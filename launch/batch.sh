@@ -92,6 +92,7 @@ kill_wait=$(timeout 20 scontrol show config 2>/dev/null | sed -n 's/^KillWait *=
 kill_wait=${kill_wait:-30}
 export LONGHAUL_KILL_WAIT_S=$((kill_wait > 5 ? kill_wait : 5)) # SLURM never kills sooner than 5 s after TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${logs%/logs}/compile-cache} # warm on every node after the first start
 export PYTHONPATH=$code_folder${PYTHONPATH:+:${PYTHONPATH#"$code_folder":}} PYTHONSAFEPATH=1 # the code as it was submitted
 restarts=$((${SLURM_RESTART_COUNT:-0} + ${LONGHAUL_CHAINED:-0}))
 mkdir -p "$logs"

@@ -175,6 +175,20 @@ def test_what_is_carried_late_is_the_live_lineage_only(on_database: Place, tmp_p
     assert (synced.metrics, synced.checkpoints) == (0, 0)
 
 
+def test_a_rollback_is_shown_though_its_branch_is_retired(on_database: Place, tmp_path: Path) -> None:
+    text = "2 steps in a row had a gradient that is not finite; back to step 20, samples 240 to 259 skipped"
+    first, second = Journal(tmp_path, 1), Journal(tmp_path, 3)
+    first.attempt(None, 0, "start")
+    first.step(26, 260, 260, None, {"loss": 3.0})
+    first.event(26, "rollback", text, to_step=20, begin=240, end=260)
+    second.attempt(1, 20, "resume")
+    second.step(21, 210, 210, None, {"loss": 2.0})
+    config = on_database()
+    sync([config], tmp_path)
+    assert the_run(config).data.tags["longhaul.rollback.b1.step26"] == text
+    assert history(config, "loss") == [(21, 2.0)]
+
+
 def test_a_server_that_is_down_loses_nothing(line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = Mlflow(uri=f"http://127.0.0.1:{line.port}", experiment="down", every_seconds=0.05)
     trackers = Followers([config.build(tmp_path)])
