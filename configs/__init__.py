@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,15 @@ def read(path: Path) -> dict[str, Tree]:
     return tree
 
 
+LINE_ENDS = re.compile("[\\x85\\u2028\\u2029]")  # what YAML 1.1 takes for line ends besides ours
+
+
 def dump(section: Section) -> str:
     """The whole tree as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if LINE_ENDS.search(text):  # PyYAML writes them bare and folds there, so that they come back as spaces
+        text = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
+    return text
 
 
 def absolute(tree: Tree) -> Tree:

@@ -431,6 +431,15 @@ def test_what_is_dumped_loads_to_the_same(run: Run) -> None:
         assert loaded(Path(folder), dump(run)) == run
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "é"])
+def test_odd_line_ends_are_dumped_and_loaded(text: str, tmp_path: Path) -> None:
+    class Noted(configs.Section):
+        note: str
+
+    (tmp_path / "noted.yaml").write_text(dump(Noted(note=text)))
+    assert load(Noted, tmp_path / "noted.yaml") == Noted(note=text)
+
+
 def test_a_run_is_dumped_and_loaded(tmp_path: Path) -> None:
     for path in configs.all_files():
         if path.parent == configs.CONFIGS:
