@@ -105,6 +105,7 @@ def test_a_reader_that_has_had_enough(run: RunFolder) -> None:
 
 def test_interrupted(run: RunFolder) -> None:
     run.attempt()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of whoever ignores it would ignore it too
     process = start(run.path, "--follow")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
