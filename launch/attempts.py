@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -164,7 +165,7 @@ def expand(names: str) -> list[str]:
 
 def write_once(path: Path, record: Mapping[str, Any]) -> bool:
     """Create a JSON file whole, or leave it alone where it exists; True when it was created."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     try:
         os.link(temporary, path)
