@@ -34,10 +34,11 @@ from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
 from data_pipeline.progress import Display, Progress, size
 from data_pipeline.shards import Format, Manifest, SealedSlice, ShardRecord, seal
+from data_pipeline.slices import RECORD, Job, Validation, slice_record, sweep, sweep_leftovers
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
-from data_pipeline.work import RECORD, Job, Task, Validation, slice_record, sweep, sweep_leftovers, work
+from data_pipeline.work import Task, work
 
 log = logging.getLogger("data-prep")
 

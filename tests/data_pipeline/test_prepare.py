@@ -22,8 +22,9 @@ from data_pipeline import prepare
 from data_pipeline.lease import Lease
 from data_pipeline.prepare import Preparation
 from data_pipeline.shards import Manifest
+from data_pipeline.slices import Validation, make_slice
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.work import Validation, WorkError, make_slice
+from data_pipeline.work import WorkError
 from tests.data_pipeline.inputs import REAL, real, sentences, write_corpora
 
 CONFIG = {
@@ -370,14 +371,14 @@ def test_a_worker_that_is_killed_is_replaced(here: Path) -> None:
     killer = here / "sitecustomize.py"
     killer.write_text(
         "import os, pathlib\n"
-        "from data_pipeline import work\n"
-        "mark, old = pathlib.Path('killed'), work._publish\n"
+        "from data_pipeline import slices\n"
+        "mark, old = pathlib.Path('killed'), slices._publish\n"
         "def publish(*arguments):\n"
         "    if not mark.exists():\n"
         "        mark.touch()\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return old(*arguments)\n"
-        "work._publish = publish\n"
+        "slices._publish = publish\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{Path(__file__).parents[2]}"}
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
@@ -391,7 +392,7 @@ def test_a_worker_that_is_killed_is_replaced(here: Path) -> None:
 
 def test_a_slice_that_kills_twice_ends_the_work(here: Path) -> None:
     (here / "sitecustomize.py").write_text(
-        "import os\nfrom data_pipeline import work\nwork._publish = lambda *a: os.kill(os.getpid(), 9)\n"
+        "import os\nfrom data_pipeline import slices\nslices._publish = lambda *a: os.kill(os.getpid(), 9)\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{Path(__file__).parents[2]}"}
     done = subprocess.run(COMMAND[:-1], env=environment, capture_output=True, text=True)

@@ -1,0 +1,316 @@
+"""Make one slice: read, clean, filter, encode, write.
+
+A slice is made under its lease in a temporary folder, which gets its name when everything in it is on disk. Killed at
+any point, a slice is whole or absent. What a slice holds depends on its inputs and the configuration, on nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from configs import Float, Int, Section
+from data_pipeline.clean import Clean
+from data_pipeline.document import Document
+from data_pipeline.filters import Filters
+from data_pipeline.lease import Lease, holder, remove_dead
+from data_pipeline.plan import Plan, Slice
+from data_pipeline.shards import Format, ShardRecord, SliceWriter, Split, sync_folder, write_durably
+from data_pipeline.sources import Source
+from data_pipeline.sources.inputs import (
+    MAX_NOTES,
+    Damage,
+    InputError,
+    Part,
+    Reading,
+    describe,
+    is_content_error,
+)
+from data_pipeline.tokenizer import Tokenizer
+
+RECORD = "slice.json"
+BATCH_CHARS = 1_000_000  # encoded at once
+BATCH_DOCUMENTS = 256
+POISON_LIMIT = 100  # documents of a slice that may raise whatever their share; beyond, at most a tenth may
+
+
+class Validation(Section):
+    """Which documents are kept from training: those whose text's hash, keyed by `seed`, falls below `fraction`."""
+
+    fraction: Float = 0.005
+    seed: Int = 0
+
+    def split(self, text: str) -> Split:
+        """The same for equal texts, in every corpus."""
+        place = xxhash.xxh3_64_intdigest(text.encode(), self.seed & (2**64 - 1)) / 2**64
+        return "validation" if place < self.fraction else "train"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned corpus, with what is needed to make its slices."""
+
+    folder: Path
+    corpus: str
+    source: Source
+    clean: Clean
+    filters: Filters
+    validation: Validation
+    format: Format
+    tokenizer: Path
+    plan: Plan
+    versions: dict[str, str]  # of the libraries that shape the text
+
+    def folder_of(self, slice: Slice) -> Path:
+        return self.folder / "slices" / slice.name
+
+    def lease_of(self, slice: Slice) -> Path:
+        return self.folder / "slices" / f".{slice.name}.lease"
+
+    def record(self, slice: Slice) -> dict[str, Any] | None:
+        return slice_record(self.folder, self.plan, slice)
+
+    def is_made(self, slice: Slice) -> bool:
+        return self.record(slice) is not None
+
+
+def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | None:
+    """The record of a made slice; None for one that is not made, or was made from another plan."""
+    try:
+        record = json.loads((folder / "slices" / slice.name / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    fits = isinstance(record, dict) and record.get("identity") == slice.identity(plan)
+    return record if fits else None
+
+
+@dataclass
+class Counts:
+    """What happened to a slice's documents, step by step."""
+
+    read: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records that gave no document
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
+    documents: Counter[str] = field(default_factory=Counter)  # kept, by split
+    tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
+    characters: int = 0  # of the documents kept
+    text_bytes: int = 0  # of the documents kept, UTF-8
+    input_bytes: int = 0
+    notes: list[str] = field(default_factory=list)  # for a person: where the first things went wrong
+
+
+# --- one slice ------------------------------------------------------------------------------------------------------
+
+Tell = Callable[[int, int], None]  # (input bytes, documents) of the slice so far
+
+
+def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool:
+    """Make a slice unless it is made or another process is at it. True when it was made here."""
+    if job.is_made(slice):
+        return False
+    lease = Lease.take(job.lease_of(slice))
+    if lease is None:
+        return False
+    with lease:
+        if job.is_made(slice):
+            return False
+        temporary = job.folder / "slices" / f".tmp-{slice.name}-{lease.owner.token}"
+        temporary.mkdir()
+        try:
+            _write(job, slice, tokenizer, temporary, tell)
+            return _publish(job, slice, temporary)
+        except FileNotFoundError:
+            if temporary.exists():
+                raise
+            return False  # stopped for so long that another took the lease over
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
+    counts = Counts()
+    writer = SliceWriter(folder, job.format)
+    hashes: list[str] = []
+    batch: list[tuple[Document, Split]] = []
+    size = 0
+    for document in _documents(job, slice, counts, hashes, tell):
+        batch.append((document, job.validation.split(document.text)))
+        size += len(document.text)
+        if size >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
+            _encode(batch, tokenizer, writer, counts)
+            batch, size = [], 0
+    _encode(batch, tokenizer, writer, counts)
+    shards = writer.close()
+    record = _record(job, slice, counts, hashes, shards)
+    write_durably(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _publish(job: Job, slice: Slice, temporary: Path) -> bool:
+    target = job.folder_of(slice)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if job.is_made(slice):  # another process, with the same bytes
+            return False
+        shutil.rmtree(target, ignore_errors=True)  # of another plan, or not ours
+        temporary.rename(target)
+    sync_folder(target.parent)
+    return True
+
+
+def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
+    """The documents to keep, cleaned; fills `counts` and, part by part, the sha256 of the bytes read."""
+    for part in slice.parts:
+        _check_unchanged(part, slice)
+        before = counts.input_bytes
+        with Reading(part, job.corpus, job.source.on_damage) as reading:
+            for document in _read(job.source, reading):
+                counts.read += 1
+                kept = _prepared(job, document, counts)
+                if kept is not None:
+                    yield kept
+                tell(before + reading.bytes_read, counts.read)
+            hashes.append(reading.finish())
+        _check_unchanged(part, slice)
+        counts.input_bytes = before + part.bytes
+        counts.set_aside.update(reading.set_aside)
+        _note(counts, *reading.notes)
+        tell(counts.input_bytes, counts.read)
+
+
+def _check_unchanged(part: Part, slice: Slice) -> None:
+    try:
+        now = describe(part.input.name)
+    except FileNotFoundError:
+        raise InputError(f"{part.input.name}: planned for slice {slice.name}, and gone; put it back") from None
+    if now != part.input:
+        raise InputError(f"{part.input.name}: changed since it was planned; run data-prep run again, which plans anew")
+
+
+def _read(source: Source, reading: Reading) -> Iterator[Document]:
+    """What a source reads; where its reader fails on what it finds, the rest of the file counts as damaged."""
+    documents = source.read(reading)
+    try:
+        yield from documents
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        reading.damaged(Damage(reading.position, f"cannot be read on ({said(error)})"))
+
+
+def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
+    """Cleaned and let through by the filters, or None (counted)."""
+    try:
+        document = replace(document, text=job.clean.text(document.text))
+        document = job.filters.marked(document)
+        reason = job.filters.reason(document)
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        _poison(document, error, counts)
+        return None
+    if reason is not None:
+        counts.dropped[reason] += 1
+        return None
+    return document
+
+
+def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
+    texts = [document.text for document, _ in batch]
+    try:
+        encoded: Iterable[Any] = tokenizer.encode_batch(texts)
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        encoded = (_encoded_alone(document, tokenizer, counts) for document, _ in batch)
+    for (document, split), ids in zip(batch, encoded, strict=True):
+        if ids is None:
+            continue
+        writer.add(document, ids, split)
+        counts.documents[split] += 1
+        counts.tokens[split] += len(ids) + 1
+        counts.characters += len(document.text)
+        counts.text_bytes += len(document.text.encode())
+
+
+def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:
+    try:
+        return tokenizer.encode_batch([document.text])[0]
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        _poison(document, error, counts)
+        return None
+
+
+def _poison(document: Document, error: BaseException, counts: Counts) -> None:
+    """A document that raises is set aside; too many of them are a fault of ours or of the configuration."""
+    line = f"{document.meta.get('input')}: document {document.id}: raises {said(error)}"
+    counts.set_aside["raises"] += 1
+    _note(counts, line)
+    if counts.set_aside["raises"] > max(POISON_LIMIT, counts.read / 10):
+        raise InputError(f"{counts.set_aside['raises']} of {counts.read} documents raise an error, the last: {line}")
+
+
+def _note(counts: Counts, *lines: str) -> None:
+    counts.notes += lines[: MAX_NOTES - len(counts.notes)]
+
+
+def said(error: BaseException) -> str:
+    """An error as one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _record(
+    job: Job, slice: Slice, counts: Counts, hashes: Sequence[str], shards: Sequence[ShardRecord]
+) -> dict[str, Any]:
+    """A slice's record: what it was made of, what became of it, its shards."""
+    parts = [
+        {"input": p.input.name, "size": p.input.size, "start": p.start, "stop": p.stop, "sha256": sha256}
+        for p, sha256 in zip(slice.parts, hashes, strict=True)
+    ]
+    return {
+        "slice": slice.name,
+        "generation": slice.generation,
+        "identity": slice.identity(job.plan),
+        "parts": parts,
+        "counts": {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in vars(counts).items()},
+        "shards": [asdict(shard) for shard in shards],
+        "versions": job.versions,
+    }
+
+
+# --- a folder of slices ---------------------------------------------------------------------------------------------
+
+
+def sweep(job: Job) -> None:
+    """Remove what dead processes left in the slices' folder, and slices that the plan does not have."""
+    folder = job.folder / "slices"
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_leftovers(job)
+    planned = {slice.name: slice for slice in job.plan.slices}
+    for path in sorted(folder.glob("[!.]*")):
+        if path.name not in planned or not job.is_made(planned[path.name]):
+            shutil.rmtree(path)
+
+
+def sweep_leftovers(job: Job) -> None:
+    """Remove leases and temporary folders of processes that are no more."""
+    folder = job.folder / "slices"
+    for path in sorted(folder.glob(".*")):
+        if path.name.endswith(".lease"):
+            remove_dead(path)
+        elif path.name.startswith(".tmp-"):
+            slice_name, _, token = path.name.removeprefix(".tmp-").rpartition("-")
+            owner = holder(folder / f".{slice_name}.lease")
+            if owner is None or owner.token != token:
+                shutil.rmtree(path, ignore_errors=True)
