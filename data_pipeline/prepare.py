@@ -33,8 +33,8 @@ from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
 from data_pipeline.progress import Display, Progress, size
-from data_pipeline.shards import Format, Manifest, SealedSlice, ShardRecord, seal
-from data_pipeline.slices import RECORD, Job, Validation, slice_record, sweep, sweep_leftovers
+from data_pipeline.shards import RECORD, Format, Manifest, SealedSlice, ShardRecord, seal
+from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_leftovers
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
@@ -361,7 +361,7 @@ def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, 
 
 
 COUNTED = ("read", "characters", "text_bytes", "input_bytes")
-COUNTED_BY = ("set_aside", "dropped", "documents", "tokens")
+COUNTED_BY = ("set_aside", "dropped", "dropped_bytes", "documents", "tokens")
 
 
 def _no_counts() -> dict[str, Any]:

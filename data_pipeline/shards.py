@@ -8,7 +8,8 @@ A corpus folder holds
         train-00000.index.npy    one row per pair: offsets and hashes; each row checks itself
         train-00000.docs.parquet one row per document that begins in the shard
         ids.npy                  64-bit hashes of document ids, sorted, with their ordinals
-        slice.json               the slice's record
+        slice.json               the slice's record; under "files" the xxh3-128 of the slice's other files
+        dropped.parquet          one row per document that was dropped, where there are any (dropped.py)
 
 A block is 2^k + 1 token ids of the slice's stream (documents end to end, each closed by <|endoftext|>); the last id is
 the next block's first, so every sample of a power-of-two length finds its targets inside its block.
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
 TAR_BLOCK = 512
 MANIFEST = "MANIFEST.json"
+RECORD = "slice.json"
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Tokens = npt.NDArray[Any]  # of Format.dtype
@@ -358,7 +360,16 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that a library wrote."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -614,10 +625,23 @@ def verify(folder: Path) -> Iterator[str]:
     table = manifest.table
     per_slice = (table[column].to_pylist() for column in ("slice", "ids_hash", "record_hash"))
     for slice_, ids_hash, record_hash in sorted(set(zip(*per_slice, strict=True))):
-        for name, hash_ in (("ids.npy", ids_hash), ("slice.json", record_hash)):
+        for name, hash_ in (("ids.npy", ids_hash), (RECORD, record_hash)):
             expected.add(folder / "slices" / slice_ / name)
             yield from _check_file(folder / "slices" / slice_ / name, hash_)
+    for path, hash_ in list(_named_by_records(expected)):
+        expected.add(path)
+        yield from _check_file(path, hash_)
     yield from _unexpected(folder, expected)
+
+
+def _named_by_records(files: set[Path]) -> Iterator[tuple[Path, str]]:
+    """(path, hash) of what the slices' records name beside shards; a damaged record has been told of already."""
+    for path in sorted(path for path in files if path.name == RECORD):
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("files", {})
+        except (OSError, ValueError, AttributeError):
+            continue
+        yield from ((path.parent / name, hash_) for name, hash_ in named.items())
 
 
 def _unexpected(folder: Path, expected: set[Path]) -> Iterator[str]:

@@ -19,10 +19,11 @@ import xxhash
 from configs import Float, Int, Section
 from data_pipeline.clean import Clean
 from data_pipeline.document import Document
+from data_pipeline.dropped import Dropped
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder, remove_dead
 from data_pipeline.plan import Plan, Slice
-from data_pipeline.shards import Format, ShardRecord, SliceWriter, Split, sync_folder, write_durably
+from data_pipeline.shards import RECORD, Format, ShardRecord, SliceWriter, Split, sync_folder, write_durably
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import (
     MAX_NOTES,
@@ -35,7 +36,6 @@ from data_pipeline.sources.inputs import (
 )
 from data_pipeline.tokenizer import Tokenizer
 
-RECORD = "slice.json"
 BATCH_CHARS = 1_000_000  # encoded at once
 BATCH_DOCUMENTS = 256
 POISON_LIMIT = 100  # documents of a slice that may raise whatever their share; beyond, at most a tenth may
@@ -95,15 +95,27 @@ def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | Non
 class Counts:
     """What happened to a slice's documents, step by step."""
 
+    gone: Dropped  # where each document lies that was dropped or set aside
     read: int = 0
     set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records that gave no document
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
+    dropped_bytes: Counter[str] = field(default_factory=Counter)  # reason -> bytes of their text, UTF-8
     documents: Counter[str] = field(default_factory=Counter)  # kept, by split
     tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
     characters: int = 0  # of the documents kept
     text_bytes: int = 0  # of the documents kept, UTF-8
     input_bytes: int = 0
     notes: list[str] = field(default_factory=list)  # for a person: where the first things went wrong
+
+    def record(self) -> dict[str, Any]:
+        """As the slice's record has it."""
+        counted = {name: value for name, value in vars(self).items() if not isinstance(value, Dropped)}
+        return {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counted.items()}
+
+
+def text_bytes(text: str) -> int:
+    """Bytes of a text as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 # --- one slice ------------------------------------------------------------------------------------------------------
@@ -135,7 +147,7 @@ def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool
 
 
 def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
-    counts = Counts()
+    counts = Counts(Dropped(folder))
     writer = SliceWriter(folder, job.format)
     hashes: list[str] = []
     batch: list[tuple[Document, Split]] = []
@@ -148,7 +160,7 @@ def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tel
             batch, size = [], 0
     _encode(batch, tokenizer, writer, counts)
     shards = writer.close()
-    record = _record(job, slice, counts, hashes, shards)
+    record = _record(job, slice, counts, hashes, shards, counts.gone.close())
     write_durably(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -219,9 +231,16 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
         _poison(document, error, counts)
         return None
     if reason is not None:
-        counts.dropped[reason] += 1
+        _drop(document, reason, counts)
         return None
     return document
+
+
+def _drop(document: Document, reason: str, counts: Counts) -> None:
+    """Every document that is dropped comes here: counted, and its place and perhaps its text kept."""
+    counts.dropped[reason] += 1
+    counts.dropped_bytes[reason] += text_bytes(document.text)
+    counts.gone.add(document, reason)
 
 
 def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
@@ -239,7 +258,7 @@ def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, write
         counts.documents[split] += 1
         counts.tokens[split] += len(ids) + 1
         counts.characters += len(document.text)
-        counts.text_bytes += len(document.text.encode())
+        counts.text_bytes += text_bytes(document.text)
 
 
 def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:
@@ -256,6 +275,7 @@ def _poison(document: Document, error: BaseException, counts: Counts) -> None:
     """A document that raises is set aside; too many of them are a fault of ours or of the configuration."""
     line = f"{document.meta.get('input')}: document {document.id}: raises {said(error)}"
     counts.set_aside["raises"] += 1
+    counts.gone.add(document, "raises")
     _note(counts, line)
     if counts.set_aside["raises"] > max(POISON_LIMIT, counts.read / 10):
         raise InputError(f"{counts.set_aside['raises']} of {counts.read} documents raise an error, the last: {line}")
@@ -271,7 +291,12 @@ def said(error: BaseException) -> str:
 
 
 def _record(
-    job: Job, slice: Slice, counts: Counts, hashes: Sequence[str], shards: Sequence[ShardRecord]
+    job: Job,
+    slice: Slice,
+    counts: Counts,
+    hashes: Sequence[str],
+    shards: Sequence[ShardRecord],
+    files: dict[str, str],
 ) -> dict[str, Any]:
     """A slice's record: what it was made of, what became of it, its shards."""
     parts = [
@@ -283,8 +308,9 @@ def _record(
         "generation": slice.generation,
         "identity": slice.identity(job.plan),
         "parts": parts,
-        "counts": {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in vars(counts).items()},
+        "counts": counts.record(),
         "shards": [asdict(shard) for shard in shards],
+        "files": files,
         "versions": job.versions,
     }
 
