@@ -71,17 +71,17 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 def work(
     config: Config,
     overrides: Overrides = None,
-    corpus: Annotated[str, typer.Option(help="one of the config's corpora")] = "",
-    slices: Annotated[str, typer.Option(help="first-last, by their place in the plan, from 0")] = "",
+    stage: Annotated[str, typer.Option(help="one of the preparation's stages")] = "slices",
+    tasks: Annotated[str, typer.Option(help="first-last, from 0")] = "",
 ) -> None:
-    """Make some slices of one corpus: a task of an array of jobs. `run` does what is left, and seals."""
+    """Do some tasks of one stage: a part of an array of jobs. `run` does what is left, and seals."""
     from data_pipeline import prepare
 
-    first, _, last = slices.partition("-")
+    first, _, last = tasks.partition("-")
     if not first.isdigit() or not (last or first).isdigit():
-        raise ConfigError(f"--slices: expected first-last such as 0-9, got {slices!r}")
+        raise ConfigError(f"--tasks: expected first-last such as 0-9, got {tasks!r}")
     with _interruptible():
-        prepare.run_slices(_load(config, overrides), corpus, int(first), int(last or first))
+        prepare.run_stage(_load(config, overrides), stage, int(first), int(last or first))
 
 
 @app.command()

@@ -315,9 +315,9 @@ def _versions() -> dict[str, str]:
 def seal_corpus(job: Job) -> Manifest:
     """Write the manifest over all slices of the plan, which must be made. Nothing is written when it is sealed so."""
     with Lease.wait(job.folder / ".plan.lease", log.info):
-        plan_hash = shards.file_hash(job.folder / PLAN)
-        if (manifest := _sealed(job.folder)) is not None and manifest.head["files"].get(PLAN) == plan_hash:
+        if (manifest := _sealed(job.folder)) is not None:
             return manifest
+        plan_hash = shards.file_hash(job.folder / PLAN)
         slices, files, counts = [], {PLAN: plan_hash}, _no_counts()
         for slice in job.plan.slices:
             record, folder = job.record(slice), job.folder_of(slice)
@@ -339,10 +339,12 @@ def seal_corpus(job: Job) -> Manifest:
 
 
 def _sealed(folder: Path) -> Manifest | None:
+    """The manifest over all slices of the plan as it is now."""
     try:
-        return Manifest.open(folder)
+        manifest = Manifest.open(folder)
     except shards.ShardError:
         return None
+    return manifest if manifest.head["files"].get(PLAN) == shards.file_hash(folder / PLAN) else None
 
 
 def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
@@ -430,31 +432,78 @@ def summarized(manifest: Manifest) -> Summary:
 
 def run(preparation: Preparation) -> list[Summary]:
     """Do what is missing of a preparation, and say what became of each corpus. Raises WorkError, ConfigError."""
+    jobs = make_jobs(preparation)
+    for stage, tasks in _stages(jobs).items():
+        _work_on(preparation, jobs, stage, range(tasks))
+    return [summarized(seal_corpus(job)) for job in jobs]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a preparation. Its tasks, numbered from 0, may run at once, anywhere, when the stage before is done."""
+
+    name: str
+    tasks: int
+    missing: tuple[int, ...]  # tasks that are not done
+
+
+def stages(preparation: Preparation) -> list[Stage]:
+    """The stages in their order, the last one being the seal. Makes the tokenizer and the plan where they are missing.
+
+    The number of tasks depends on the plan alone, so that all stages can be queued at once.
+    """
+    jobs = make_jobs(preparation)
+    return [Stage(name, tasks, tuple(_missing(jobs, name))) for name, tasks in _stages(jobs).items()]
+
+
+def run_stage(preparation: Preparation, name: str, first: int, last: int) -> None:
+    """Do what is missing of a stage's tasks `first` to `last`: a part of an array of jobs. Raises as `run`."""
+    jobs = make_jobs(preparation)
+    tasks = _stages(jobs)
+    if name not in tasks:
+        raise ConfigError(f"--stage {name}: expected {' or '.join(tasks)}")
+    if not 0 <= first <= last < tasks[name]:
+        raise ConfigError(f"--tasks {first}-{last}: the stage {name} has the tasks 0-{tasks[name] - 1}")
+    _work_on(preparation, jobs, name, range(first, last + 1))
+
+
+def make_jobs(preparation: Preparation) -> list[Job]:
+    """The tokenizer, and a planned job for each corpus."""
     tokenizer = make_tokenizer(preparation)
-    jobs = [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+    return [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+
+
+def _stages(jobs: Sequence[Job]) -> dict[str, int]:
+    """How many tasks each stage has."""
+    return {"slices": sum(len(job.plan.slices) for job in jobs), "seal": 1}
+
+
+def _missing(jobs: Sequence[Job], stage: str) -> Iterator[int]:
+    if stage == "seal":
+        yield from [0] * any(_sealed(job.folder) is None for job in jobs)
+        return
+    made = (job.is_made(slice) for job in jobs for slice in job.plan.slices)
+    yield from (number for number, is_made in enumerate(made) if not is_made)
+
+
+def _work_on(preparation: Preparation, jobs: Sequence[Job], stage: str, numbers: range) -> None:
+    if stage == "seal":
+        _seal(preparation, jobs)
+        return
     tasks = [Task(j, s) for j, job in enumerate(jobs) for s in range(len(job.plan.slices))]
     with Display("prepare") as display:
-        work(jobs, tasks, preparation.workers, display)
+        work(jobs, [tasks[number] for number in numbers], preparation.workers, display)
+
+
+def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
     for job in jobs:
         sweep_leftovers(job)
-    summaries = [summarized(seal_corpus(job)) for job in jobs]
-    for summary in summaries:
+    for summary in [summarized(seal_corpus(job)) for job in jobs]:
         if preparation.validation.fraction > 0 and not summary.validation_tokens:
             log.warning(
                 "%s: none of its %s documents fell to validation (fraction %s); raise the fraction to evaluate on it",
                 *(summary.corpus, f"{summary.documents:,}", preparation.validation.fraction),
             )
-    return summaries
-
-
-def run_slices(preparation: Preparation, corpus: str, first: int, last: int) -> None:
-    """Make the slices from `first` to `last` (by their place in the plan) of one corpus: a part of an array of jobs."""
-    job = make_job(preparation, corpus, make_tokenizer(preparation))
-    count = len(job.plan.slices)
-    if not 0 <= first <= last < count:
-        raise ConfigError(f"--slices {first}-{last}: {corpus} has the slices 0-{count - 1}")
-    with Display(f"prepare {corpus}") as display:
-        work([job], [Task(0, s) for s in range(first, last + 1)], preparation.workers, display)
 
 
 def folders(where: Path) -> list[Path]:

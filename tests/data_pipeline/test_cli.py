@@ -111,9 +111,9 @@ def test_tokenizer_says_where_it_is(folder: Path) -> None:
         (["run", "small.yaml", "worker=2"], 2, "command line (worker=2): worker: unknown key; did you mean workers?"),
         (["run", "small.yaml", "validation.fraction=0.2"], 2, "out/mine: was prepared with another configuration: "
          "validation.fraction: 0.1 -> 0.2; use another `out`, or put it back"),
-        (["work", "small.yaml", "--corpus", "my", "--slices", "0"], 2, "no corpus 'my'; the configuration has mine"),
-        (["work", "small.yaml", "--slices", "x"], 2, "--slices: expected first-last such as 0-9, got 'x'"),
-        (["work", "small.yaml", "--corpus", "mine", "--slices", "0-7"], 2, "--slices 0-7: mine has the slices 0-0"),
+        (["work", "small.yaml", "--stage", "slice", "--tasks", "0"], 2, "--stage slice: expected slices or seal"),
+        (["work", "small.yaml", "--tasks", "x"], 2, "--tasks: expected first-last such as 0-9, got 'x'"),
+        (["work", "small.yaml", "--tasks", "0-7"], 2, "--tasks 0-7: the stage slices has the tasks 0-0"),
         (["verify", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
         (["inspect", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
         (["run", "small.yaml", "out=/proc/nowhere"], 1, None),

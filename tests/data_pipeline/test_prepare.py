@@ -465,14 +465,21 @@ def test_an_array_of_jobs_makes_the_same(here: Path) -> None:
     run()
     whole = contents(here / "out")
     shutil.rmtree(here / "out")
-    last = prepare.outline(load(), "crawl").slices - 1
-    prepare.run_slices(load(), "crawl", last, last)
-    prepare.run_slices(load(), "crawl", 0, last - 1)
-    with pytest.raises(ConfigError, match=rf"--slices 0-{last + 1}: crawl has the slices 0-{last}"):
-        prepare.run_slices(load(), "crawl", 0, last + 1)
+    slices, seal = prepare.stages(load())
+    last = slices.tasks - 1
+    assert slices.missing == tuple(range(last + 1)) and (seal.name, seal.tasks, seal.missing) == ("seal", 1, (0,))
+    prepare.run_stage(load(), "slices", last, last)
+    prepare.run_stage(load(), "slices", 1, last - 1)
+    with pytest.raises(ConfigError, match=rf"--tasks 0-{last + 1}: the stage slices has the tasks 0-{last}"):
+        prepare.run_stage(load(), "slices", 0, last + 1)
+    with pytest.raises(ConfigError, match=r"out/crawl/slices/0-00000: not made; run data-prep run"):
+        prepare.run_stage(load(), "seal", 0, 0)
+    assert prepare.stages(load())[0].missing == (0,)
     assert not (here / "out/crawl/MANIFEST.json").exists()
-    run()
+    prepare.run_stage(load(), "slices", 0, 0)
+    prepare.run_stage(load(), "seal", 0, 0)
     assert contents(here / "out") == whole
+    assert [stage.missing for stage in prepare.stages(load())] == [(), ()]
 
 
 @pytest.mark.parametrize(
