@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +54,7 @@ def run(
         _show_outlines([prepare.outline(preparation, corpus) for corpus in preparation.corpora], as_json)
     else:
         begun = time.monotonic()
-        with _interruptible():
+        with _stoppable():
             summaries = prepare.run(preparation)
         _show_summaries(summaries, time.monotonic() - begun, as_json)
 
@@ -68,20 +70,38 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Make the tokenizer and the plans of a config, and print how many slices each corpus has."""
+    from data_pipeline import prepare
+
+    with _stoppable(lambda: False):
+        for job in prepare.make_jobs(_load(config, overrides)):
+            print(f"{job.corpus}  {len(job.plan.slices)} slices")
+
+
+@app.command()
 def work(
     config: Config,
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option(help="one of the preparation's stages")] = "slices",
-    tasks: Annotated[str, typer.Option(help="first-last, from 0")] = "",
+    tasks: Annotated[str, typer.Option(help="first-last, from 0, or a share of those planned, as 3/16")] = "",
 ) -> None:
     """Do some tasks of one stage: a part of an array of jobs. `run` does what is left, and seals."""
     from data_pipeline import prepare
+    from data_pipeline.work import Done
 
-    first, _, last = tasks.partition("-")
-    if not first.isdigit() or not (last or first).isdigit():
-        raise ConfigError(f"--tasks: expected first-last such as 0-9, got {tasks!r}")
-    with _interruptible():
-        prepare.run_stage(_load(config, overrides), stage, int(first), int(last or first))
+    preparation, done = _load(config, overrides), Done()
+    range_or_share = re.fullmatch(r"(\d+)(?:([-/])(\d+))?", tasks)
+    if range_or_share is None:
+        raise ConfigError(f"--tasks: expected first-last such as 0-9, or a share such as 0/16, got {tasks!r}")
+    first, separator, last = int(range_or_share[1]), range_or_share[2], int(range_or_share[3] or range_or_share[1])
+    if separator == "/" and first >= last:
+        raise ConfigError(f"--tasks: expected a share such as 0/{last} to {last - 1}/{last}, got {tasks!r}")
+    with _stoppable(lambda: done.made > 0):
+        if separator == "/":
+            prepare.run_share(preparation, stage, first, last, done)
+        else:
+            prepare.run_stage(preparation, stage, first, last)
 
 
 @app.command()
@@ -123,13 +143,37 @@ def inspect(
             print(f"\n--- {corpus}: {x.slice}/{x.shard} row {x.row}: {x.id}, {x.tokens:,} tokens, {x.uri}\n{x.text}")
 
 
+STOPPED = 3  # exit code: what is made is kept, and the same command goes on
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # SLURM ends the job; its time is nearly over
+
+
+class _Told(BaseException):
+    """A signal asked us to stop."""
+
+
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _stoppable(has_advanced: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Exit 130 after Ctrl-C and 3 after a signal, but 1 where a whole time limit was not enough to advance."""
+
+    def tell(number: int, frame: object) -> None:
+        for each in (*SIGNALS, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)  # the end is on its way
+        raise _Told(number)
+
+    before = {number: signal.signal(number, tell) for number in SIGNALS}
     try:
         yield
     except KeyboardInterrupt:
         log.error("data-prep: interrupted; the same command goes on")
         raise typer.Exit(130) from None
+    except _Told as told:
+        name = signal.Signals(told.args[0]).name
+        if told.args[0] == signal.SIGUSR2 and not has_advanced():
+            raise typer.Exit(_fail(f"{name}: no slice was finished in all this time; give it more", 1)) from None
+        raise typer.Exit(_fail(f"stopped by {name}; the same command goes on", STOPPED)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Preparation:
@@ -205,12 +249,14 @@ def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]
 def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
     from data_pipeline.shards import ShardError
-    from data_pipeline.work import WorkError
+    from data_pipeline.work import Unfinished, WorkError
 
     try:
         app()
     except ConfigError as error:
         sys.exit(_fail(str(error), 2))
+    except Unfinished as error:
+        sys.exit(_fail(str(error), STOPPED))
     except (ShardError, WorkError, OSError) as error:
         sys.exit(_fail(str(error), 1))
 

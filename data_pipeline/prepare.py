@@ -17,7 +17,8 @@ import importlib.metadata
 import json
 import logging
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pydantic import field_validator
 from configs import ConfigError, Int, Section, differences, load
 from data_pipeline import shards
 from data_pipeline.clean import Clean
-from data_pipeline.counts import Totals
+from data_pipeline.failures import failures, forget_failures
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
@@ -38,7 +39,7 @@ from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_lef
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
-from data_pipeline.work import Task, work
+from data_pipeline.work import Done, Task, Unfinished, WorkError, work
 
 log = logging.getLogger("data-prep")
 
@@ -211,20 +212,35 @@ def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job
     with Lease.wait(folder / ".plan.lease", log.info):
         _remove_half_written(folder)
         plan = _planned(preparation, corpus, folder, identity(preparation, corpus, tokenizer))
-        job = Job(
-            folder=folder,
-            corpus=corpus,
-            source=preparation.source(corpus),
-            clean=preparation.clean,
-            filters=preparation.filters,
-            validation=preparation.validation,
-            format=_format(preparation, plan, tokenizer),
-            tokenizer=preparation.out / TOKENIZER,
-            plan=plan,
-            versions=_versions(),
-        )
+        job = _job(preparation, corpus, plan, tokenizer)
         sweep(job)
+        forget_failures(folder)
     return job
+
+
+def planned_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job:
+    """A corpus as it is planned, without a look at its inputs. Raises ConfigError where it cannot be used."""
+    folder = preparation.out / corpus
+    plan = Plan.read(folder)
+    if plan is None:
+        raise ConfigError(f"{folder}: not planned; run data-prep plan")
+    _refuse_another(folder, plan.config, identity(preparation, corpus, tokenizer))
+    return _job(preparation, corpus, plan, tokenizer)
+
+
+def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer) -> Job:
+    return Job(
+        folder=preparation.out / corpus,
+        corpus=corpus,
+        source=preparation.source(corpus),
+        clean=preparation.clean,
+        filters=preparation.filters,
+        validation=preparation.validation,
+        format=_format(preparation, plan, tokenizer),
+        tokenizer=preparation.out / TOKENIZER,
+        plan=plan,
+        versions=_versions(),
+    )
 
 
 def _planned(preparation: Preparation, corpus: str, folder: Path, config: dict[str, Any]) -> Plan:
@@ -318,7 +334,7 @@ def seal_corpus(job: Job) -> Manifest:
         if (manifest := _sealed(job.folder)) is not None:
             return manifest
         plan_hash = shards.file_hash(job.folder / PLAN)
-        slices, files, counts = [], {PLAN: plan_hash}, Totals()
+        slices, files, counts = [], {PLAN: plan_hash}, _no_counts()
         for slice in job.plan.slices:
             record, folder = job.record(slice), job.folder_of(slice)
             if record is None:
@@ -334,7 +350,7 @@ def seal_corpus(job: Job) -> Manifest:
             if not sealed.shards:  # the table of shards does not name it
                 files |= {f"slices/{slice.name}/{RECORD}": sealed.record_hash}
                 files |= {f"slices/{slice.name}/ids.npy": sealed.ids_hash}
-            counts.add(record["counts"])
+            _add(counts, record["counts"])
         return seal(job.folder, job.format, _head(job, counts, files), slices)
 
 
@@ -347,7 +363,7 @@ def _sealed(folder: Path) -> Manifest | None:
     return manifest if manifest.head["files"].get(PLAN) == shards.file_hash(folder / PLAN) else None
 
 
-def _head(job: Job, counts: Totals, files: dict[str, str]) -> dict[str, Any]:
+def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
     return {
         "corpus": job.corpus,
         "config": job.plan.config,
@@ -356,10 +372,25 @@ def _head(job: Job, counts: Totals, files: dict[str, str]) -> dict[str, Any]:
         "encoder": f"tokenizers {job.versions['tokenizers']}",
         "inputs": len({part.input.name for slice in job.plan.slices for part in slice.parts}),
         "slices": len(job.plan.slices),
-        "counts": counts.as_json(),
+        "counts": {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counts.items()},
         "versions": job.versions,
         "files": files,
     }
+
+
+COUNTED = ("read", "characters", "text_bytes", "input_bytes")
+COUNTED_BY = ("set_aside", "dropped", "dropped_bytes", "documents", "tokens")
+
+
+def _no_counts() -> dict[str, Any]:
+    return dict.fromkeys(COUNTED, 0) | {k: Counter[str]() for k in COUNTED_BY}
+
+
+def _add(counts: dict[str, Any], more: dict[str, Any]) -> None:
+    for key in COUNTED:
+        counts[key] += more[key]
+    for key in COUNTED_BY:
+        counts[key].update(more[key])
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -419,7 +450,9 @@ def run(preparation: Preparation) -> list[Summary]:
     """Do what is missing of a preparation, and say what became of each corpus. Raises WorkError, ConfigError."""
     jobs = make_jobs(preparation)
     for stage, tasks in _stages(jobs).items():
-        _work_on(preparation, jobs, stage, range(tasks))
+        done = Done()
+        _work_on(preparation, jobs, stage, range(tasks), done)
+        done.check()
     return [summarized(seal_corpus(job)) for job in jobs]
 
 
@@ -444,18 +477,54 @@ def stages(preparation: Preparation) -> list[Stage]:
 def run_stage(preparation: Preparation, name: str, first: int, last: int) -> None:
     """Do what is missing of a stage's tasks `first` to `last`: a part of an array of jobs. Raises as `run`."""
     jobs = make_jobs(preparation)
+    count = _count(jobs, name)
+    if not 0 <= first <= last < count:
+        raise ConfigError(f"--tasks {first}-{last}: the stage {name} has the tasks 0-{count - 1}")
+    done = Done()
+    _work_on(preparation, jobs, name, range(first, last + 1), done)
+    done.check()
+
+
+def run_share(preparation: Preparation, name: str, share: int, of: int, done: Done) -> None:
+    """Do one of `of` nearly equal shares of a stage, as it is planned, then help with the others'. Raises as `run`.
+
+    What others are at or have failed at is left alone, so that the tasks of an array need not wait for each other.
+    """
+    jobs = planned_jobs(preparation)
+    count = _count(jobs, name)
+    first, last = count * share // of, count * (share + 1) // of
+    others = [*range(first)[::-1], *range(last, count)[::-1]]  # from their ends, which their own tasks come to last
+    for numbers in (range(first, last), others):
+        _work_on(preparation, jobs, name, numbers, done, wait_for_others=False)
+    done.check()
+
+
+def _count(jobs: Sequence[Job], stage: str) -> int:
+    """How many tasks a stage has. Raises ConfigError where there is no such stage."""
     tasks = _stages(jobs)
-    if name not in tasks:
-        raise ConfigError(f"--stage {name}: expected {' or '.join(tasks)}")
-    if not 0 <= first <= last < tasks[name]:
-        raise ConfigError(f"--tasks {first}-{last}: the stage {name} has the tasks 0-{tasks[name] - 1}")
-    _work_on(preparation, jobs, name, range(first, last + 1))
+    if stage not in tasks:
+        raise ConfigError(f"--stage {stage}: expected {' or '.join(tasks)}")
+    return tasks[stage]
 
 
 def make_jobs(preparation: Preparation) -> list[Job]:
     """The tokenizer, and a planned job for each corpus."""
     tokenizer = make_tokenizer(preparation)
     return [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+
+
+def planned_jobs(preparation: Preparation) -> list[Job]:
+    """The same as they are planned already, whatever the inputs are now."""
+    tokenizer = Tokenizer.load(preparation.out / TOKENIZER)
+    return [planned_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+
+
+STAGES = ("slices", "seal")
+
+
+def stage_names(preparation: Preparation) -> list[str]:
+    """The stages of a configuration in their order, before anything is planned."""
+    return list(STAGES)
 
 
 def _stages(jobs: Sequence[Job]) -> dict[str, int]:
@@ -471,16 +540,49 @@ def _missing(jobs: Sequence[Job], stage: str) -> Iterator[int]:
     yield from (number for number, is_made in enumerate(made) if not is_made)
 
 
-def _work_on(preparation: Preparation, jobs: Sequence[Job], stage: str, numbers: range) -> None:
+def _work_on(
+    preparation: Preparation,
+    jobs: Sequence[Job],
+    stage: str,
+    numbers: Iterable[int],
+    done: Done,
+    wait_for_others: bool = True,
+) -> None:
+    """Do what is missing of some tasks of a stage."""
     if stage == "seal":
         _seal(preparation, jobs)
         return
     tasks = [Task(j, s) for j, job in enumerate(jobs) for s in range(len(job.plan.slices))]
+    mine = [tasks[number] for number in numbers]
     with Display("prepare") as display:
-        work(jobs, [tasks[number] for number in numbers], preparation.workers, display)
+        work(jobs, _left(jobs, mine), preparation.workers, display, done, wait_for_others)
+
+
+def _left(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[Task]:
+    """Those that are neither made nor failed, by one look at each folder: planning has removed what does not fit."""
+    names = [{path.name for path in (job.folder / "slices").iterdir()} for job in jobs]
+
+    def is_left(task: Task) -> bool:
+        name = jobs[task.job].plan.slices[task.slice].name
+        return name not in names[task.job] and f".{name}.failed" not in names[task.job]
+
+    return [task for task in tasks if is_left(task)]
+
+
+def _check_made(jobs: Sequence[Job]) -> None:
+    """Raises WorkError where slices have failed, after a line for each, and Unfinished where they are only missing."""
+    failed = [failure for job in jobs for failure in failures(job.folder)]
+    missing = sum(not job.folder_of(slice).is_dir() for job in jobs for slice in job.plan.slices)
+    for failure in failed:
+        log.error("%s (on %s%s)", failure.why, failure.host, f", log {failure.log}" if failure.log else "")
+    if failed:
+        raise WorkError(f"{len(failed)} slices failed; {missing} are missing, and the same command makes them")
+    if missing:
+        raise Unfinished(f"{missing} slices are missing; the same command makes them")
 
 
 def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
+    _check_made(jobs)
     for job in jobs:
         sweep_leftovers(job)
     for summary in [summarized(seal_corpus(job)) for job in jobs]:

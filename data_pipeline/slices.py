@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import xxhash
 
 from configs import Float, Int, Section
 from data_pipeline.clean import Clean
-from data_pipeline.counts import Counts, text_bytes
 from data_pipeline.document import Document
 from data_pipeline.dropped import Dropped
 from data_pipeline.filters import Filters
@@ -91,6 +91,33 @@ def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | Non
     return record if fits else None
 
 
+@dataclass
+class Counts:
+    """What happened to a slice's documents, step by step."""
+
+    gone: Dropped  # where each document lies that was dropped or set aside
+    read: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records that gave no document
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
+    dropped_bytes: Counter[str] = field(default_factory=Counter)  # reason -> bytes of their text, UTF-8
+    documents: Counter[str] = field(default_factory=Counter)  # kept, by split
+    tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
+    characters: int = 0  # of the documents kept
+    text_bytes: int = 0  # of the documents kept, UTF-8
+    input_bytes: int = 0
+    notes: list[str] = field(default_factory=list)  # for a person: where the first things went wrong
+
+    def record(self) -> dict[str, Any]:
+        """As the slice's record has it."""
+        counted = {name: value for name, value in vars(self).items() if not isinstance(value, Dropped)}
+        return {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counted.items()}
+
+
+def text_bytes(text: str) -> int:
+    """Bytes of a text as UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
 # --- one slice ------------------------------------------------------------------------------------------------------
 
 Tell = Callable[[int, int], None]  # (input bytes, documents) of the slice so far
@@ -120,7 +147,7 @@ def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool
 
 
 def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
-    counts = Counts(gone=Dropped(folder))
+    counts = Counts(Dropped(folder))
     writer = SliceWriter(folder, job.format)
     hashes: list[str] = []
     batch: list[tuple[Document, Split]] = []
@@ -158,7 +185,6 @@ def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: 
         with Reading(part, job.corpus, job.source.on_damage) as reading:
             for document in _read(job.source, reading):
                 counts.read += 1
-                counts.read_bytes += text_bytes(document.text)
                 kept = _prepared(job, document, counts)
                 if kept is not None:
                     yield kept
@@ -197,8 +223,6 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
     """Cleaned and let through by the filters, or None (counted)."""
     try:
         document = replace(document, text=job.clean.text(document.text))
-        counts.cleaned += 1
-        counts.cleaned_bytes += text_bytes(document.text)
         document = job.filters.marked(document)
         reason = job.filters.reason(document)
     except BaseException as error:
@@ -231,7 +255,10 @@ def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, write
         if ids is None:
             continue
         writer.add(document, ids, split)
-        counts.keep(document, split, len(ids))
+        counts.documents[split] += 1
+        counts.tokens[split] += len(ids) + 1
+        counts.characters += len(document.text)
+        counts.text_bytes += text_bytes(document.text)
 
 
 def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:
@@ -248,7 +275,6 @@ def _poison(document: Document, error: BaseException, counts: Counts) -> None:
     """A document that raises is set aside; too many of them are a fault of ours or of the configuration."""
     line = f"{document.meta.get('input')}: document {document.id}: raises {said(error)}"
     counts.set_aside["raises"] += 1
-    counts.dropped_bytes["raises"] += text_bytes(document.text)
     counts.gone.add(document, "raises")
     _note(counts, line)
     if counts.set_aside["raises"] > max(POISON_LIMIT, counts.read / 10):

@@ -13,12 +13,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
+from data_pipeline.failures import forget_failure, record_failure
 from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
 from data_pipeline.shards import ShardError
@@ -30,10 +31,16 @@ log = logging.getLogger("data-prep")
 
 TELL_S = 0.5
 LOOK_AGAIN_S = 1.0  # at a slice that another job is at
+STOP_S = 20.0  # for workers to leave their slices between two documents, before they are killed
+FAILED_LIMIT = 20  # slices of one call that may fail whatever their share; beyond, at most a tenth of those tried may
 
 
 class WorkError(Exception):
     """A slice that could not be made. One line."""
+
+
+class Unfinished(Exception):
+    """Slices are missing that did not fail: whoever was to make them was stopped. One line."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,39 @@ class Task:
     slice: int
 
 
-def work(jobs: Sequence[Job], tasks: Sequence[Task], workers: int, show: Callable[[Progress], None]) -> None:
-    """Make slices in `workers` processes. Returns when all are made, here or by others. Raises WorkError.
+@dataclass
+class Done:
+    """What one call of `work` came to."""
 
-    A process that dies (out of memory, a crash in a library) is replaced, once for each slice.
+    made: int = 0  # slices, made here and not by others
+    failed: list[str] = field(default_factory=list)  # a line for each slice that could not be made
+
+    def check(self) -> None:
+        """Raises WorkError where a slice failed."""
+        if len(self.failed) > 1:
+            raise WorkError(f"{len(self.failed)} slices could not be made, all others are; the first: {self.failed[0]}")
+        if self.failed:
+            raise WorkError(self.failed[0])
+
+
+def work(
+    jobs: Sequence[Job],
+    tasks: Sequence[Task],
+    workers: int,
+    show: Callable[[Progress], None],
+    done: Done,
+    wait_for_others: bool = True,
+) -> None:
+    """Make slices in `workers` processes. Returns when all are made or have failed, here or by others; fills `done`.
+
+    A slice that fails does not keep the others from being made; a process that dies (out of memory, a crash in a
+    library) is replaced, once for each slice. Without `wait_for_others`, slices that others are at are left to them.
+    Raises WorkError for what no other slice would be spared, as a full disk.
     """
     waiting = [task for task in tasks if not jobs[task.job].is_made(jobs[task.job].plan.slices[task.slice])]
     if not waiting:
         return
-    pool = _Pool(jobs, waiting)
+    pool = _Pool(jobs, waiting, done, wait_for_others)
     try:
         pool.run(min(workers, len(waiting)), show)
     finally:
@@ -62,8 +93,8 @@ def work(jobs: Sequence[Job], tasks: Sequence[Task], workers: int, show: Callabl
 class _Pool:
     """Worker processes, each at the other end of a pipe of its own, so that a killed one can spoil no other's."""
 
-    def __init__(self, jobs: Sequence[Job], tasks: Sequence[Task]) -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: Sequence[Job], tasks: Sequence[Task], done: Done, wait_for_others: bool) -> None:
+        self.jobs, self.done, self.wait_for_others = jobs, done, wait_for_others
         self.waiting = list(reversed(tasks))
         self.elsewhere: list[tuple[float, Task]] = []  # (when to look again, task) for slices that another job is at
         self.processes: dict[Connection, Any] = {}
@@ -84,9 +115,15 @@ class _Pool:
             show(self.progress)
 
     def stop(self) -> None:
+        """End the workers: those at work leave their slices as soon as they find that nobody listens."""
+        for connection, process in self.processes.items():
+            connection.close()
+            if connection not in self.busy:
+                process.kill()
+        end = time.monotonic() + STOP_S
         for process in self.processes.values():
-            process.terminate()
-        for process in self.processes.values():
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
             process.join()
 
     def _slice(self, task: Task) -> Slice:
@@ -117,19 +154,34 @@ class _Pool:
             return
         if kind == "at":
             self.progress.open[connection] = (rest[0], rest[1])
-        elif kind == "failed":
+        elif kind == "broken":
             raise WorkError(rest[0])
         else:
             self.idle.append(connection)
             self.progress.open.pop(connection, None)
             if kind == "over":
-                self._finish(self.busy.pop(connection))
+                self._finish(self.busy.pop(connection), made_here=rest[0])
+            elif kind == "failed":
+                self._fail(self.busy.pop(connection), rest[0])
 
-    def _finish(self, task: Task) -> None:
+    def _fail(self, task: Task, why: str) -> None:
+        """Go on without a slice, unless so many fail that the fault is none of theirs."""
+        done, slice = self.done, self._slice(task)
+        done.failed.append(why)
+        record_failure(self.jobs[task.job].folder, slice.name, why)
+        self.progress.done_bytes += slice.bytes
+        log.error("%s", why)
+        if len(done.failed) > max(FAILED_LIMIT, (done.made + len(done.failed)) / 10):
+            raise WorkError(f"{len(done.failed)} slices failed and {done.made} did not; the last: {why}")
+
+    def _finish(self, task: Task, made_here: bool) -> None:
         record = self.jobs[task.job].record(self._slice(task))
         if record is None:
-            self.elsewhere.append((time.monotonic() + LOOK_AGAIN_S, task))
+            if self.wait_for_others:
+                self.elsewhere.append((time.monotonic() + LOOK_AGAIN_S, task))
             return
+        self.done.made += made_here
+        forget_failure(self.jobs[task.job].folder, self._slice(task).name)
         self.progress.done_bytes += self._slice(task).bytes
         self.progress.done_documents += record["counts"]["read"]
         for line in record["counts"]["notes"]:
@@ -148,15 +200,17 @@ class _Pool:
         name = f"{self.jobs[task.job].corpus}: slice {self._slice(task).name}"
         if self.deaths[task] > 1:
             inputs = ", ".join(part.input.name for part in self._slice(task).parts[:3])
-            raise WorkError(f"{name} ({inputs}): its worker died twice ({why}); out of memory? try fewer workers")
-        log.warning("%s: its worker died (%s); once more in a fresh process", name, why)
-        self.waiting.append(task)
+            self._fail(task, f"{name} ({inputs}): its worker died twice ({why}); out of memory? try fewer workers")
+        else:
+            log.warning("%s: its worker died (%s); once more in a fresh process", name, why)
+            self.waiting.append(task)
         self._start()
 
 
 def _worker(pipe: Connection, jobs: Sequence[Job]) -> None:
     """The life of a worker process: a slice after the other, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the parent hears it too, and closes the pipe, which ends us
     sys.modules["torch"] = None  # type: ignore[assignment]  # webdataset would import it: 2 s and 200 MB, for nothing
     told = 0.0
 
@@ -173,18 +227,26 @@ def _worker(pipe: Connection, jobs: Sequence[Job]) -> None:
             task: Task = pipe.recv()
             job = jobs[task.job]
             try:
-                make_slice(job, job.plan.slices[task.slice], tokenizer, tell)
+                made_here = make_slice(job, job.plan.slices[task.slice], tokenizer, tell)
             except (InputError, ConfigError, ShardError) as error:
                 pipe.send(("failed", f"{job.corpus}: {error}"))
             except OSError as error:
                 if isinstance(error, BrokenPipeError | ConnectionResetError):
                     raise
-                pipe.send(("failed", f"{job.corpus}: {_said_of_disk(error, job.folder)}"))
+                kind = "broken" if _is_of_output(error, job.folder) else "failed"
+                pipe.send((kind, f"{job.corpus}: {_said_of_disk(error, job.folder)}"))
             except Exception as error:
                 traceback.print_exc()
                 pipe.send(("failed", f"{job.corpus}: slice {job.plan.slices[task.slice].name}: {said(error)}"))
             else:
-                pipe.send(("over",))
+                pipe.send(("over", made_here))
+
+
+def _is_of_output(error: OSError, folder: Path) -> bool:
+    """Whether the fault lies where shards are written, so that every other slice would meet it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+    name = error.filename
+    return full or not isinstance(name, str | Path) or Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def _said_of_disk(error: OSError, folder: Path) -> str:

@@ -112,7 +112,9 @@ def test_tokenizer_says_where_it_is(folder: Path) -> None:
         (["run", "small.yaml", "validation.fraction=0.2"], 2, "out/mine: was prepared with another configuration: "
          "validation.fraction: 0.1 -> 0.2; use another `out`, or put it back"),
         (["work", "small.yaml", "--stage", "slice", "--tasks", "0"], 2, "--stage slice: expected slices or seal"),
-        (["work", "small.yaml", "--tasks", "x"], 2, "--tasks: expected first-last such as 0-9, got 'x'"),
+        (["work", "small.yaml", "--tasks", "x"], 2,
+         "--tasks: expected first-last such as 0-9, or a share such as 0/16, got 'x'"),
+        (["work", "small.yaml", "--tasks", "4/4"], 2, "--tasks: expected a share such as 0/4 to 3/4, got '4/4'"),
         (["work", "small.yaml", "--tasks", "0-7"], 2, "--tasks 0-7: the stage slices has the tasks 0-0"),
         (["verify", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
         (["inspect", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
@@ -160,7 +162,13 @@ def test_an_unfinished_folder_is_told(folder: Path, tmp_path: Path) -> None:
     assert done.stdout == "unmade/mine: no MANIFEST.json: not a corpus, or not finished; run data-prep run\n"
 
 
-def test_interrupted_by_hand_it_says_how_to_go_on(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "code", "words"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 3, "stopped by SIGTERM")],
+)
+def test_told_to_stop_it_leaves_its_slices_at_once_and_says_how_to_go_on(
+    folder: Path, told: signal.Signals, code: int, words: str
+) -> None:
     rows = "".join(json.dumps({"text": sentences(i, 40)}) + "\n" for i in range(20_000))
     (folder / "large.jsonl").write_text(rows)
     overrides = ["out=large", "corpora.mine.paths=[large.jsonl]", "corpora.mine.id_field=null"]
@@ -175,7 +183,8 @@ def test_interrupted_by_hand_it_says_how_to_go_on(folder: Path) -> None:
     while not list(folder.glob("large/mine/slices/.tmp-*")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, told)
     _, said = process.communicate()
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "data-prep: interrupted; the same command goes on"
+    assert process.returncode == code
+    assert said.splitlines()[-1] == f"data-prep: {words}; the same command goes on"
+    assert not list(folder.glob("large/mine/slices/.*"))  # neither lease nor temporary folder: the next begins at once

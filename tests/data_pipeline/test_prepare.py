@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,13 @@ import yaml
 import configs
 from configs import ConfigError
 from data_pipeline import prepare
+from data_pipeline.failures import failures
 from data_pipeline.lease import Lease
 from data_pipeline.prepare import Preparation
 from data_pipeline.shards import Manifest
 from data_pipeline.slices import Validation, make_slice
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.work import WorkError
+from data_pipeline.work import Done, Unfinished, WorkError
 from tests.data_pipeline.inputs import REAL, real, sentences, write_corpora
 
 CONFIG = {
@@ -390,17 +392,33 @@ def test_a_worker_that_is_killed_is_replaced(here: Path) -> None:
     assert contents(here / "out") == killed
 
 
-def test_a_slice_that_kills_twice_ends_the_work(here: Path) -> None:
-    (here / "sitecustomize.py").write_text(
-        "import os\nfrom data_pipeline import slices\nslices._publish = lambda *a: os.kill(os.getpid(), 9)\n"
+def test_a_slice_that_kills_twice_does_not_keep_the_others_from_being_made(here: Path) -> None:
+    killer = here / "sitecustomize.py"
+    killer.write_text(
+        "import os\n"
+        "from data_pipeline import slices\n"
+        "old = slices._publish\n"
+        "def publish(job, slice, temporary):\n"
+        "    if (job.corpus, slice.name) == ('crawl', '0-00001'):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return old(job, slice, temporary)\n"
+        "slices._publish = publish\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{Path(__file__).parents[2]}"}
     done = subprocess.run(COMMAND[:-1], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "data-prep: crawl: slice 0-00000 (crawl/0.warc.gz): its worker died twice (signal 9); "
-        "out of memory? try fewer workers"
-    )
+    why = "crawl: slice 0-00001 (crawl/1.warc.gz): its worker died twice (signal 9); out of memory? try fewer workers"
+    assert done.stderr.splitlines()[-1] == f"data-prep: {why}"
+    [failure] = failures(here / "out/crawl")
+    assert (failure.slice, failure.why, failure.host) == ("0-00001", why, socket.gethostname())
+    missing = [p for p in ("crawl", "wiki", "books") if not (here / "out" / p / "MANIFEST.json").exists()]
+    assert missing == ["crawl", "wiki", "books"]  # nothing is sealed while a slice is missing
+    killer.unlink()
+    made = {path: path.stat().st_mtime_ns for path in here.glob("out/*/slices/[0-9]*/slice.json")}
+    run()
+    assert failures(here / "out/crawl") == []
+    assert all(path.stat().st_mtime_ns == then for path, then in made.items())  # all but one were there already
+    assert len(list(here.glob("out/*/slices/[0-9]*/slice.json"))) == len(made) + 1
 
 
 def test_json_lines_in_ranges_give_what_the_whole_file_gives(here: Path) -> None:
@@ -472,7 +490,7 @@ def test_an_array_of_jobs_makes_the_same(here: Path) -> None:
     prepare.run_stage(load(), "slices", 1, last - 1)
     with pytest.raises(ConfigError, match=rf"--tasks 0-{last + 1}: the stage slices has the tasks 0-{last}"):
         prepare.run_stage(load(), "slices", 0, last + 1)
-    with pytest.raises(ConfigError, match=r"out/crawl/slices/0-00000: not made; run data-prep run"):
+    with pytest.raises(Unfinished, match=r"1 slices are missing; the same command makes them"):
         prepare.run_stage(load(), "seal", 0, 0)
     assert prepare.stages(load())[0].missing == (0,)
     assert not (here / "out/crawl/MANIFEST.json").exists()
@@ -480,6 +498,32 @@ def test_an_array_of_jobs_makes_the_same(here: Path) -> None:
     prepare.run_stage(load(), "seal", 0, 0)
     assert contents(here / "out") == whole
     assert [stage.missing for stage in prepare.stages(load())] == [(), ()]
+    assert [stage.name for stage in prepare.stages(load())] == prepare.stage_names(load())
+
+
+def test_shares_help_each_other_and_leave_alone_what_others_have(here: Path) -> None:
+    run()
+    whole = contents(here / "out")
+    shutil.rmtree(here / "out")
+    with pytest.raises(ConfigError, match=r"out/tokenizer\.json: no such"):
+        prepare.run_share(load(), "slices", 0, 2, Done())
+    crawl, *others = prepare.make_jobs(load())
+    for path in (here / "crawl").iterdir():
+        path.rename(path.with_suffix(".later"))  # a share goes by the plan, and does not look for inputs
+    done = Done()
+    held = Lease.take(crawl.lease_of(crawl.plan.slices[2])) or Lease.wait(here / "x", print)
+    with held, pytest.raises(WorkError, match=r"slices could not be made, all others are; .*: crawl/.*gone"):
+        prepare.run_share(load(), "slices", 1, 2, done)
+    assert len(done.failed) == len(crawl.plan.slices) - 1
+    assert done.made == sum(len(job.plan.slices) for job in others)
+    for path in (here / "crawl").iterdir():
+        path.rename(path.with_suffix(".gz"))
+    prepare.run_share(load(), "slices", 0, 3, done := Done())
+    assert (done.made, done.failed) == (1, [])  # what failed waits until it is planned anew
+    with pytest.raises(WorkError, match=rf"{len(crawl.plan.slices) - 1} slices failed; "):
+        prepare.run_share(load(), "seal", 0, 1, Done())
+    run()
+    assert contents(here / "out") == whole
 
 
 @pytest.mark.parametrize(
