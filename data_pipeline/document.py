@@ -11,7 +11,7 @@ class Document:
 
     `id` is unique in its corpus and the same in every run; `source` is the corpus; `uri` is where a person finds it.
     `meta` carries "input" (the file, as the plan lists it), "offset" (where it begins there: a byte, or for a packed
-    file the byte at which its packed member begins) and, where known, "language" and "title".
+    file the byte at which its packed member or block begins) and, where known, "language" and "title".
     """
 
     text: str

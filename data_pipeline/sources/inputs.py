@@ -156,13 +156,14 @@ class Reading:
         self.set_aside[reason] += 1
         self.note(f"{self.part.input.name}: {where}: {reason}")
 
-    def damaged(self, damage: Damage) -> None:
-        """Count that the rest of the file cannot be read; under `on_damage: stop` raise InputError."""
+    def damaged(self, damage: Damage, reason: str = "damaged input", kept: str = "what comes before") -> None:
+        """Count that something cannot be read (else: all that comes after); under `on_damage: stop`
+        raise InputError."""
         line = f"{self.part.input.name}: damaged at byte {damage.offset}: {damage.reason}"
         if self.on_damage == "stop":
-            raise InputError(f"{line}; get the file again, or set on_damage: skip to keep what comes before")
-        self.set_aside["damaged input"] += 1
-        self.note(f"{line}; what comes before is kept")
+            raise InputError(f"{line}; get the file again, or set on_damage: skip to keep {kept}")
+        self.set_aside[reason] += 1
+        self.note(f"{line}; {kept} is kept")
 
     def note(self, line: str) -> None:
         if len(self.notes) < MAX_NOTES:

@@ -21,48 +21,70 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from configs import Section
+from configs import ConfigError, Section
 from data_pipeline.document import Document
-from data_pipeline.sources.inputs import MAX_DOCUMENT_BYTES, Content, Damage, Input, OnDamage, Reading, find_inputs
+from data_pipeline.sources import bzip2
+from data_pipeline.sources.inputs import (
+    MAX_DOCUMENT_BYTES,
+    READ_BYTES,
+    Content,
+    Damage,
+    Input,
+    OnDamage,
+    Part,
+    Reading,
+    find_inputs,
+)
 
 CLOSING_SECTIONS = ["references", "external links", "see also", "further reading", "notes", "bibliography", "sources"]
 
 
 class Wikipedia(Section):
-    """Pages-articles dumps: files, folders or patterns of `.xml`, `.xml.bz2`, `.xml.gz`."""
+    """Pages-articles dumps: files, folders or patterns of `.xml`, `.xml.bz2`, `.xml.gz`, also `.xml-p1p999.bz2`."""
 
     kind: Literal["wikipedia"] = "wikipedia"
     paths: list[str]
     leave_out_sections: list[str] = CLOSING_SECTIONS  # by heading, in lower case; with all that is below them
     on_damage: OnDamage = "skip"
 
-    version: ClassVar[int] = 1  # raised when the same dump would give other text
+    version: ClassVar[int] = 2  # raised when the same dump would give other text
 
     def inputs(self) -> list[Input]:
-        """The dump files, sorted by name. Raises ConfigError where a path leads to none."""
-        return find_inputs(self.paths, (".xml", ".xml.bz2", ".xml.gz"))
+        """The dump files, sorted by name. Raises ConfigError where a path leads to none.
+
+        Indexes and tables that lie beside dumps are passed over.
+        """
+        found = find_inputs(self.paths, (".xml", ".bz2", ".gz", ".txt"))
+        dumps = [input for input in found if _DUMP.search(input.name)]
+        if not dumps:
+            raise ConfigError(f"paths: {found[0].name}: not a dump; expected a name that ends with .xml or .xml.bz2")
+        return dumps
 
     def can_split(self, input: Input) -> bool:
         """Whether ranges of its bytes can be read by themselves."""
-        return False
+        return not input.name.endswith(".gz")
 
     def text_bytes(self, input: Input) -> float:
         """About how many bytes of text an input gives: half of its XML, more than the size of packed XML."""
         return input.size * (0.5 if input.name.endswith(".xml") else 1.7)
 
     def read(self, reading: Reading) -> Iterator[Document]:
-        """The articles of a dump, in its order."""
-        content = Content(reading)
-        dump = Dump()
+        """The articles of a dump, or those that begin in the part's range of it, in its order."""
         try:
-            for page in _pages(content, dump):
-                document = self._document(page, dump, content, reading)
+            dump = _read_head(reading.part.input)
+            for offset, xml in _pages(reading):
+                document = self._document(xml, offset, dump, reading)
                 if document is not None:
                     yield document
         except Damage as damage:
             reading.damaged(damage)
 
-    def _document(self, page: Page, dump: Dump, content: Content, reading: Reading) -> Document | None:
+    def _document(self, xml: bytes, offset: int, dump: Dump, reading: Reading) -> Document | None:
+        try:
+            page = _page(xml)
+        except ElementTree.ParseError as error:
+            _lose_page(reading, offset, f"not XML ({error})")
+            return None
         if page.namespace != "0" or page.redirect:
             reading.set_aside["redirect" if page.redirect else "other namespace"] += 1
             return None
@@ -74,12 +96,94 @@ class Wikipedia(Section):
         except (ValueError, RecursionError) as error:
             reading.put_aside(f"unreadable wikitext ({type(error).__name__})", f"page {page.id} ({page.title})")
             return None
-        meta: dict[str, str | int] = {"input": reading.part.input.name, "offset": content.offset(page.position)}
+        meta: dict[str, str | int] = {"input": reading.part.input.name, "offset": offset}
         meta |= {"title": page.title} | ({"language": dump.language} if dump.language else {})
         return Document(f"{page.title}\n\n{text}", page.id, reading.source, dump.address(page.title), meta)
 
 
+_DUMP = re.compile(r"\.xml(?:-p\d+p\d+)?(?:\.bz2|\.gz)?$")
+
+
 # --- the dump -------------------------------------------------------------------------------------------------------
+
+
+def _pieces(reading: Reading) -> Iterator[tuple[int, bytes | None]]:
+    """The content of a dump, from where its reading stands to the end of the file.
+
+    Each piece with the byte of the file where it begins (of a packed file: where its block or member begins); None
+    where content is missing.
+    """
+    name = reading.part.input.name
+    if name.endswith(".bz2"):
+        yield from bzip2.blocks(reading.read, reading.position)
+    elif name.endswith(".gz"):
+        content = Content(reading)
+        while data := content.read():
+            yield content.offset(content.position - len(data)), data
+    else:
+        while data := reading.read(READ_BYTES):
+            yield reading.position - len(data), data
+
+
+_PAGE, _PAGE_END, _DUMP_END = b"<page>", b"</page>", b"</mediawiki>"  # in text, `<` is written `&lt;`
+
+
+def _pages(reading: Reading) -> Iterator[tuple[int, bytes]]:
+    """(byte of the file, XML) of each page that begins in the part; memory is bounded by one page.
+
+    Of the bytes behind the part as many are read as its last page needs. What is damaged is set aside and read past;
+    raises Damage where the file ends too early.
+    """
+    stop = reading.part.start + reading.part.bytes
+    is_plain = reading.part.input.name.endswith(".xml")
+    held, held_from = bytearray(), 0  # a page not yet whole, or what may be the start of its tag
+    last = b""
+    for offset, data in _pieces(reading):
+        if offset >= stop and not held:
+            return
+        if data is None:
+            if offset < stop:
+                reading.damaged(Damage(offset, "not a whole bzip2 block"), "damaged block", "the rest")
+            if held.startswith(_PAGE):
+                _lose_page(reading, held_from, "part of it is missing")
+            held.clear()
+            last = _DUMP_END  # may have been here
+            continue
+        shift = offset - len(held) if is_plain else offset  # from a place in `held` to the byte of the file
+        old, begin = len(held), 0
+        held += data
+        last = (last + data)[-64:]
+        while (begin := held.find(_PAGE, begin)) >= 0:
+            place = held_from if begin < old else shift + begin * is_plain
+            if place >= stop:
+                return
+            end = held.find(_PAGE_END, max(begin, old - len(_PAGE_END)))
+            if end < 0:
+                break
+            end += len(_PAGE_END)
+            yield place, bytes(held[begin:end])
+            begin = end
+        if begin < 0:
+            begin = _open_tag(held)
+        elif len(held) - begin > MAX_DOCUMENT_BYTES:
+            reading.put_aside("page too large", f"page at byte {place}")
+            begin = len(held)
+        held_from = held_from if begin < old else shift + begin * is_plain
+        del held[:begin]
+    if held.startswith(_PAGE):
+        raise Damage(held_from, "the file ends inside this page")
+    if last and _DUMP_END not in last:
+        raise Damage(reading.position, "the file ends without </mediawiki>")
+
+
+def _open_tag(data: bytearray) -> int:
+    """Where the start of a tag that may become `<page>` ends `data`; its length where there is none."""
+    begin = data.rfind(b"<", max(0, len(data) - len(_PAGE) + 1))
+    return begin if begin >= 0 and _PAGE.startswith(data[begin:]) else len(data)
+
+
+def _lose_page(reading: Reading, offset: int, why: str) -> None:
+    reading.damaged(Damage(offset, f"a page: {why}"), "damaged page", "the rest")
 
 
 @dataclass
@@ -94,9 +198,44 @@ class Dump:
         return self.base + urllib.parse.quote(title.replace(" ", "_"), safe="/:@!$&'()*+,;=-._~")
 
 
+MAX_HEAD_BYTES = 2**20
+_OUT = {"-2", "6", "14"}  # Media, File, Category: links to them are not text
+
+
+def _read_head(input: Input) -> Dump:
+    """What a file's head says, which every range of it needs. Raises Damage for what is not a dump."""
+    head = b""
+    with Reading(Part(input), "") as file:
+        if input.name.endswith(".bz2") and not re.match(rb"BZh[1-9]", magic := file.read(4)):
+            raise Damage(0, "not a bzip2 file" if magic else "empty file")
+        for _, data in _pieces(file):
+            if data is None:
+                return Dump()  # damaged, which is counted when it is read for its pages
+            head += data
+            if b"</siteinfo>" in head or _PAGE in head or len(head) > MAX_HEAD_BYTES:
+                break
+    parser: Any = ElementTree.XMLPullParser(("start", "end"))
+    dump, root = Dump(), ""
+    try:
+        parser.feed(head.partition(_PAGE)[0][:MAX_HEAD_BYTES])
+        for event, element in parser.read_events():
+            tag = element.tag.rpartition("}")[2]
+            if not root:
+                root = tag
+                dump.language = element.get("{http://www.w3.org/XML/1998/namespace}lang", "")
+            elif event == "end" and tag == "siteinfo":
+                dump.base = (element.findtext("{*}base") or "").rpartition("/")[0] + "/"
+                spaces = element.iterfind("{*}namespaces/{*}namespace")
+                dump.file_prefixes |= {e.text.lower() for e in spaces if e.get("key") in _OUT and e.text}
+    except ElementTree.ParseError as error:
+        raise Damage(0, f"not XML ({error})") from None
+    if root != "mediawiki":
+        raise Damage(0, f"expected a <mediawiki> export, got {f'<{root}>' if root else 'no XML'}")
+    return dump
+
+
 @dataclass
 class Page:
-    position: int  # in the dump's content, about
     title: str = ""
     namespace: str = ""
     id: str = ""
@@ -105,52 +244,14 @@ class Page:
     wikitext: str = ""
 
 
-def _pages(content: Content, dump: Dump) -> Iterator[Page]:
-    """Each page of a dump; memory is bounded by one page. What the head says is put into `dump`."""
-    parser: Any = ElementTree.XMLPullParser(("start", "end"))
-    depth, begun = 0, 0
-    root = ElementTree.Element("mediawiki")
-    while True:
-        data = content.read()
-        try:
-            parser.feed(data) if data else parser.close()
-            events: list[tuple[str, ElementTree.Element]] = list(parser.read_events())
-        except ElementTree.ParseError as error:
-            raise Damage(content.offset(content.position), f"not XML ({error})") from None
-        for event, element in events:
-            depth += 1 if event == "start" else -1
-            tag = element.tag.rpartition("}")[2]
-            if event == "start" and depth == 1:
-                root = element
-                if tag != "mediawiki":
-                    raise Damage(0, f"expected a <mediawiki> export, got <{tag}>")
-                dump.language = element.get("{http://www.w3.org/XML/1998/namespace}lang", "")
-            elif event == "end" and depth == 1:
-                if tag == "siteinfo":
-                    _read_siteinfo(element, dump)
-                elif tag == "page":
-                    yield _page(element, begun)
-                begun = content.position
-                root.clear()
-        if content.position - begun > 4 * MAX_DOCUMENT_BYTES:
-            raise Damage(content.offset(begun), f"a page of more than {4 * MAX_DOCUMENT_BYTES} bytes")
-        if not data:
-            return
+_REDIRECT = re.compile(r"\s*#[^\s\[\]:]+\s*:?\s*\[\[[^\[\]\n]+\]\]")  # `#REDIRECT [[x]]`, in any language
 
 
-def _read_siteinfo(element: ElementTree.Element, dump: Dump) -> None:
-    dump.base = (element.findtext("{*}base") or "").rpartition("/")[0] + "/"
-    names = [e.text.lower() for e in element.iterfind("{*}namespaces/{*}namespace") if e.get("key") in _OUT and e.text]
-    dump.file_prefixes |= frozenset(names)
-
-
-_OUT = {"-2", "6", "14"}  # Media, File, Category: links to them are not text
-
-
-def _page(element: ElementTree.Element, position: int) -> Page:
-    page = Page(position)
-    for child in element:
-        match child.tag.rpartition("}")[2]:
+def _page(xml: bytes) -> Page:
+    """Raises ParseError."""
+    page = Page()
+    for child in ElementTree.fromstring(xml):
+        match child.tag:
             case "title":
                 page.title = child.text or ""
             case "ns":
@@ -160,9 +261,9 @@ def _page(element: ElementTree.Element, position: int) -> Page:
             case "redirect":
                 page.redirect = True
             case "revision":
-                page.model = child.findtext("{*}model") or ""
-                page.wikitext = child.findtext("{*}text") or ""
-    page.redirect |= page.wikitext[:20].lstrip().upper().startswith("#REDIRECT")
+                page.model = child.findtext("model") or ""
+                page.wikitext = child.findtext("text") or ""
+    page.redirect |= _REDIRECT.match(page.wikitext) is not None
     return page
 
 

@@ -24,9 +24,9 @@ def real(name: str) -> Path:
     return path
 
 
-def read(source: Any, path: Path) -> tuple[list[Document], Reading]:
-    """All documents of one file, and what its reading had to say."""
-    with Reading(Part(describe(str(path))), "corpus", source.on_damage) as reading:
+def read(source: Any, path: Path, start: int = 0, stop: int | None = None) -> tuple[list[Document], Reading]:
+    """All documents of one file or of a range of it, and what its reading had to say."""
+    with Reading(Part(describe(str(path)), start, stop), "corpus", source.on_damage) as reading:
         documents = list(source.read(reading))
         reading.finish()
     return documents, reading

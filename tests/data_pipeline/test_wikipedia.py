@@ -1,9 +1,16 @@
 import bz2
 import gzip
+import hashlib
+import itertools
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from configs import ConfigError
+from data_pipeline.document import Document
+from data_pipeline.sources.inputs import InputError, Reading, describe
 from data_pipeline.sources.wikipedia import CLOSING_SECTIONS, Wikipedia, plain_text
 from tests.data_pipeline.inputs import read, real, write_dump
 
@@ -80,14 +87,146 @@ def test_articles_and_nothing_else(tmp_path: Path, packing: str) -> None:
 
 def test_a_dump_that_is_cut_off_gives_its_first_pages(tmp_path: Path) -> None:
     path = write_dump(tmp_path / "d.xml.bz2", 300, 1)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    xml = bz2.decompress(path.read_bytes())
+    path.write_bytes(bz2.compress(xml[:100_000]) + bz2.compress(xml[100_000:])[:-20])
     documents, reading = read(Wikipedia(paths=[str(path)]), path)
-    assert reading.set_aside["damaged input"] == 1
-    xml = tmp_path / "d.xml"
-    xml.write_bytes(bz2.decompress(write_dump(tmp_path / "e", 300, 1).read_bytes())[:100_000])
-    documents, reading = read(Wikipedia(paths=[str(xml)]), xml)
-    assert 20 < len(documents) < 300 and reading.set_aside["damaged input"] == 1
-    assert reading.notes[0].startswith(f"{xml}: damaged at byte 1") and "not XML" in reading.notes[0]
+    assert 20 < len(documents) < 300
+    assert {k: n for k, n in reading.set_aside.items() if "damaged" in k} == {"damaged block": 1, "damaged page": 1}
+    plain = tmp_path / "d.xml"
+    plain.write_bytes(xml[:100_000])
+    begun = xml.rindex(b"<page>", 0, 100_000)
+    same, reading = read(Wikipedia(paths=[str(plain)]), plain)
+    assert [d.text for d in same] == [d.text for d in documents] and reading.set_aside["damaged input"] == 1
+    assert reading.notes == [
+        f"{plain}: damaged at byte {begun}: the file ends inside this page; what comes before is kept"
+    ]
+    plain.write_bytes(xml[: xml.index(b"</page>") + 7])
+    documents, reading = read(Wikipedia(paths=[str(plain)]), plain)
+    assert len(documents) == 1 and "the file ends without </mediawiki>" in reading.notes[0]
+
+
+def packed(xml: bytes, form: str, rng: random.Random) -> bytes:
+    """A dump as plain XML, as bzip2 of one stream, or of several, cut anywhere as well as between pages."""
+    if form == "xml":
+        return xml
+    cuts = sorted(rng.sample(range(len(xml)), rng.randint(1, 20))) if form == "multistream" else []
+    return b"".join(bz2.compress(xml[i:j], rng.randint(1, 9)) for i, j in itertools.pairwise([0, *cuts, len(xml)]))
+
+
+def read_in_ranges(path: Path, edges: list[int]) -> tuple[list[Document], Counter[str]]:
+    """The documents of a dump's ranges end to end, and what all of them set aside."""
+    source, documents, set_aside = Wikipedia(paths=[str(path)]), [], Counter[str]()
+    assert source.can_split(describe(str(path)))
+    for start, stop in itertools.pairwise(edges):
+        more, reading = read(source, path, start, stop)
+        assert reading.finish() == hashlib.sha256(path.read_bytes()[start:stop]).hexdigest()
+        documents += more
+        set_aside += reading.set_aside
+    return documents, set_aside
+
+
+def edges_of(size: int, rng: random.Random) -> list[int]:
+    return [0, *sorted(rng.choices(range(size + 1), k=rng.randint(1, 7))), size]
+
+
+@pytest.mark.parametrize("form", ["xml", "single stream", "multistream"])
+@pytest.mark.parametrize("seed", range(6))
+def test_ranges_of_a_dump_have_its_documents(tmp_path: Path, form: str, seed: int) -> None:
+    rng = random.Random(seed)
+    xml = bz2.decompress(write_dump(tmp_path / "d", 120, seed).read_bytes())
+    path = tmp_path / ("d.xml" if form == "xml" else "d.xml.bz2")
+    path.write_bytes(packed(xml, form, rng))
+    whole, reading = read(Wikipedia(paths=[str(path)]), path)
+    assert len(whole) == 120
+    assert read_in_ranges(path, edges_of(path.stat().st_size, rng)) == (whole, reading.set_aside)
+
+
+def test_a_range_may_begin_and_end_at_any_byte_of_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "d.xml"
+    path.write_bytes(bz2.decompress(write_dump(tmp_path / "d", 2, 1).read_bytes()))
+    whole, _ = read(Wikipedia(paths=[str(path)]), path)
+    assert (
+        len(
+            {
+                read_in_ranges(path, [0, cut, path.stat().st_size])[0] == whole
+                for cut in range(0, path.stat().st_size, 3)
+            }
+        )
+        == 1
+    )
+
+
+@pytest.fixture(scope="module")
+def excerpt() -> tuple[list[Document], Reading]:
+    path = real("wikipedia/enwiki-pages-articles-excerpt.xml.bz2")
+    return read(Wikipedia(paths=[str(path)]), path)
+
+
+@pytest.mark.parametrize("form", ["xml", "single stream", "multistream"])
+def test_ranges_of_the_real_excerpt_have_its_documents(
+    tmp_path: Path, form: str, excerpt: tuple[list[Document], Reading]
+) -> None:
+    rng = random.Random(form)
+    path = tmp_path / ("d.xml" if form == "xml" else "d.xml.bz2")
+    path.write_bytes(packed(bz2.decompress(Path(excerpt[1].part.input.name).read_bytes()), form, rng))
+    documents, set_aside = read_in_ranges(path, edges_of(path.stat().st_size, rng))
+    assert set_aside == excerpt[1].set_aside
+    assert [(d.id, d.text, d.uri) for d in documents] == [(d.id, d.text, d.uri) for d in excerpt[0]]
+
+
+def test_a_damaged_block_costs_its_pages_only(tmp_path: Path) -> None:
+    xml = bz2.decompress(write_dump(tmp_path / "d", 400, 1).read_bytes())
+    path = tmp_path / "d.xml.bz2"
+    path.write_bytes(bz2.compress(xml, 1))
+    source = Wikipedia(paths=[str(path)])
+    whole, _ = read(source, path)
+    offsets = sorted({int(d.meta["offset"]) for d in whole})
+    assert len(offsets) > 3
+    data = bytearray(path.read_bytes())
+    data[offsets[1] + 1000] ^= 1
+    path.write_bytes(data)
+    documents, reading = read(source, path)
+    lost = {d.id for d in whole} - {d.id for d in documents}
+    assert lost and all(d in whole for d in documents)
+    in_block = [d for d in whole if d.meta["offset"] == offsets[1]]
+    assert {d.id for d in in_block} <= lost and len(lost) <= len(in_block) + 1
+    assert reading.set_aside["damaged block"] == 1
+    assert f"{path}: damaged at byte {offsets[1]}: not a whole bzip2 block; the rest is kept" in reading.notes
+    for seed in range(5):
+        assert read_in_ranges(path, edges_of(len(data), random.Random(seed))) == (documents, reading.set_aside)
+    with pytest.raises(InputError, match="not a whole bzip2 block; get the file again, or set on_damage: skip"):
+        read(Wikipedia(paths=[str(path)], on_damage="stop"), path)
+
+
+def test_a_page_that_is_not_xml_costs_itself_only(tmp_path: Path) -> None:
+    xml = bz2.decompress(write_dump(tmp_path / "d", 5, 1).read_bytes())
+    path = tmp_path / "d.xml"
+    path.write_bytes(xml.replace(b"'''Page 2'''", b"'''Page \1'''").replace(b"<title>Page 3</title>", b"<title>Page 3"))
+    documents, reading = read(Wikipedia(paths=[str(path)]), path)
+    assert [d.id for d in documents] == ["1", "4", "13"] and reading.set_aside["damaged page"] == 2
+
+
+def test_what_lies_beside_a_dump_is_no_input(tmp_path: Path) -> None:
+    dump = write_dump(tmp_path / "xxwiki-pages-articles-multistream1.xml-p1p100.bz2", 5, 1)
+    index = tmp_path / "xxwiki-pages-articles-multistream-index1.txt-p1p100.bz2"
+    index.write_bytes(bz2.compress(b"0:1:Page 0\n"))
+    (tmp_path / "xxwiki-page.sql.gz").write_bytes(gzip.compress(b"CREATE TABLE"))
+    for paths in ([str(tmp_path)], [str(tmp_path / "*")], [str(dump), str(index)]):
+        assert [input.name for input in Wikipedia(paths=paths).inputs()] == [str(dump)]
+    with pytest.raises(ConfigError) as error:
+        Wikipedia(paths=[str(index)]).inputs()
+    assert str(error.value) == f"paths: {index}: not a dump; expected a name that ends with .xml or .xml.bz2"
+
+
+def test_redirects_of_other_languages_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "d.xml"
+    texts = ["#WEITERLEITUNG [[Berlin]]", "#перенаправление: [[Москва]]", "# item\n# item", "#1 is a number. [[x]]"]
+    pages = "".join(
+        f"<page><ns>0</ns><id>{i}</id><revision><text>{t}</text></revision></page>" for i, t in enumerate(texts)
+    )
+    path.write_text(f"<mediawiki>{pages}</mediawiki>")
+    documents, _ = read(Wikipedia(paths=[str(path)]), path)
+    assert [d.id for d in documents] == ["2", "3"]
 
 
 def test_something_else_under_this_name_is_told(tmp_path: Path) -> None:
@@ -107,12 +246,11 @@ def test_an_entity_bomb_does_not_go_off(tmp_path: Path) -> None:
         f'<!DOCTYPE x [<!ENTITY e0 "ha">{entities}]><mediawiki><page><title>&e11;</title></page></mediawiki>'
     )
     documents, reading = read(Wikipedia(paths=[str(path)]), path)
-    assert not documents and reading.set_aside == {"damaged input": 1}
+    assert not documents and reading.set_aside == {"damaged page": 1}
 
 
-def test_the_real_excerpt() -> None:
-    path = real("wikipedia/enwiki-pages-articles-excerpt.xml.bz2")
-    documents, reading = read(Wikipedia(paths=[str(path)]), path)
+def test_the_real_excerpt(excerpt: tuple[list[Document], Reading]) -> None:
+    documents, reading = excerpt
     assert len(documents) == 106 and reading.set_aside["redirect"] == 100
     by_title = {str(d.meta["title"]): d.text for d in documents}
     assert by_title["Anarchism"].startswith(
