@@ -379,7 +379,7 @@ def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, 
 
 
 COUNTED = ("read", "characters", "text_bytes", "input_bytes")
-COUNTED_BY = ("set_aside", "dropped", "dropped_bytes", "documents", "tokens")
+COUNTED_BY = ("set_aside", "dropped", "dropped_bytes", "masked", "documents", "tokens")
 
 
 def _no_counts() -> dict[str, Any]:

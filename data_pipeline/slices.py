@@ -100,6 +100,7 @@ class Counts:
     set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records that gave no document
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
     dropped_bytes: Counter[str] = field(default_factory=Counter)  # reason -> bytes of their text, UTF-8
+    masked: Counter[str] = field(default_factory=Counter)  # kind -> addresses replaced, in documents dropped too
     documents: Counter[str] = field(default_factory=Counter)  # kept, by split
     tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
     characters: int = 0  # of the documents kept
@@ -222,7 +223,7 @@ def _read(source: Source, reading: Reading) -> Iterator[Document]:
 def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
     """Cleaned and let through by the filters, or None (counted)."""
     try:
-        document = replace(document, text=job.clean.text(document.text))
+        document = replace(document, text=job.clean.text(document.text, counts.masked))
         document = job.filters.marked(document)
         reason = job.filters.reason(document)
     except BaseException as error:

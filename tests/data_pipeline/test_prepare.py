@@ -342,10 +342,10 @@ def _poison(where: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_pipeline.filters import Filters
 
     def raising(old: Callable[..., Any], text_of: Callable[[Any], Any]) -> Callable[..., Any]:
-        def new(self: Any, argument: Any) -> Any:
+        def new(self: Any, argument: Any, *more: Any) -> Any:
             if bad in text_of(argument):
                 raise ValueError("poison")
-            return old(self, argument)
+            return old(self, argument, *more)
 
         return new
 
