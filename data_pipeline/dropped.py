@@ -8,21 +8,24 @@ them, in one pass and in little memory. The same slice gives the same bytes.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline.document import Document
-from data_pipeline.shards import file_hash, sync_file
+from data_pipeline.shards import RECORD, Manifest, ShardError, file_hash, sync_file
 
 DROPPED = "dropped.parquet"
 EXAMPLES = 20  # texts that are kept at least, per reason and slice, where there are so many
 EXAMPLE_CHARS = 2000  # of each
 ROWS = 10_000  # written at once, so that memory stays bounded
 SEED = 4  # of the choice of examples
+LOOKED_INTO = 500  # slices of a corpus that examples are taken from, chosen by the hash of their name
 
 TABLE = pa.schema(
     [
@@ -91,6 +94,39 @@ class Dropped:
             self._writer = pq.ParquetWriter(self.path, TABLE, compression="zstd")
         self._writer.write_table(pa.Table.from_pylist(self._rows, TABLE))
         self._rows = []
+
+
+def files(manifest: Manifest) -> Iterator[Path]:
+    """The `dropped.parquet` of each of a corpus' slices that has one, in their order."""
+    with_shards = dict.fromkeys(manifest.table["slice"].to_pylist())
+    without = {name.split("/")[1] for name in manifest.head.get("files", {}) if name.endswith(f"/{RECORD}")}
+    for slice_ in sorted({*with_shards, *without}):
+        path = manifest.folder / "slices" / slice_ / DROPPED
+        if path.is_file():
+            yield path
+
+
+def rows(path: Path, reason: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of one file, of one reason where it is given. Raises ShardError on damage."""
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(use_threads=False):
+            table = pa.table(batch)
+            yield from (table if reason is None else table.filter(pc.equal(table["reason"], reason))).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path}: damaged ({type(error).__name__}); see data-prep verify") from None
+
+
+def examples(manifest: Manifest, count: int) -> dict[str, list[dict[str, Any]]]:
+    """For each reason up to `count` rows with their text: those with the smallest hashes of their ids."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    paths = sorted(files(manifest), key=lambda path: example_place(path.parent.name))
+    for path in sorted(paths[:LOOKED_INTO]):
+        for row in rows(path):
+            if row["text"] is not None:
+                found.setdefault(row["reason"], []).append(row)
+        for reason, several in found.items():
+            found[reason] = sorted(several, key=lambda row: (example_place(row["id"]), row["id"]))[:count]
+    return found
 
 
 def example_place(id: str) -> int:

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import logging
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from pydantic import field_validator
 from configs import ConfigError, Int, Section, differences, load
 from data_pipeline import shards
 from data_pipeline.clean import Clean
+from data_pipeline.counts import Totals
 from data_pipeline.failures import failures, forget_failures
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder
@@ -334,7 +334,7 @@ def seal_corpus(job: Job) -> Manifest:
         if (manifest := _sealed(job.folder)) is not None:
             return manifest
         plan_hash = shards.file_hash(job.folder / PLAN)
-        slices, files, counts = [], {PLAN: plan_hash}, _no_counts()
+        slices, files, counts = [], {PLAN: plan_hash}, Totals()
         for slice in job.plan.slices:
             record, folder = job.record(slice), job.folder_of(slice)
             if record is None:
@@ -350,7 +350,7 @@ def seal_corpus(job: Job) -> Manifest:
             if not sealed.shards:  # the table of shards does not name it
                 files |= {f"slices/{slice.name}/{RECORD}": sealed.record_hash}
                 files |= {f"slices/{slice.name}/ids.npy": sealed.ids_hash}
-            _add(counts, record["counts"])
+            counts.add(record["counts"])
         return seal(job.folder, job.format, _head(job, counts, files), slices)
 
 
@@ -363,7 +363,7 @@ def _sealed(folder: Path) -> Manifest | None:
     return manifest if manifest.head["files"].get(PLAN) == shards.file_hash(folder / PLAN) else None
 
 
-def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+def _head(job: Job, counts: Totals, files: dict[str, str]) -> dict[str, Any]:
     return {
         "corpus": job.corpus,
         "config": job.plan.config,
@@ -372,25 +372,10 @@ def _head(job: Job, counts: dict[str, Any], files: dict[str, str]) -> dict[str, 
         "encoder": f"tokenizers {job.versions['tokenizers']}",
         "inputs": len({part.input.name for slice in job.plan.slices for part in slice.parts}),
         "slices": len(job.plan.slices),
-        "counts": {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counts.items()},
+        "counts": counts.as_json(),
         "versions": job.versions,
         "files": files,
     }
-
-
-COUNTED = ("read", "characters", "text_bytes", "input_bytes")
-COUNTED_BY = ("set_aside", "dropped", "dropped_bytes", "masked", "documents", "tokens")
-
-
-def _no_counts() -> dict[str, Any]:
-    return dict.fromkeys(COUNTED, 0) | {k: Counter[str]() for k in COUNTED_BY}
-
-
-def _add(counts: dict[str, Any], more: dict[str, Any]) -> None:
-    for key in COUNTED:
-        counts[key] += more[key]
-    for key in COUNTED_BY:
-        counts[key].update(more[key])
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import xxhash
 
 from configs import Float, Int, Section
 from data_pipeline.clean import Clean
+from data_pipeline.counts import Counts, text_bytes
 from data_pipeline.document import Document
 from data_pipeline.dropped import Dropped
 from data_pipeline.filters import Filters
@@ -91,34 +91,6 @@ def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | Non
     return record if fits else None
 
 
-@dataclass
-class Counts:
-    """What happened to a slice's documents, step by step."""
-
-    gone: Dropped  # where each document lies that was dropped or set aside
-    read: int = 0
-    set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records that gave no document
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
-    dropped_bytes: Counter[str] = field(default_factory=Counter)  # reason -> bytes of their text, UTF-8
-    masked: Counter[str] = field(default_factory=Counter)  # kind -> addresses replaced, in documents dropped too
-    documents: Counter[str] = field(default_factory=Counter)  # kept, by split
-    tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
-    characters: int = 0  # of the documents kept
-    text_bytes: int = 0  # of the documents kept, UTF-8
-    input_bytes: int = 0
-    notes: list[str] = field(default_factory=list)  # for a person: where the first things went wrong
-
-    def record(self) -> dict[str, Any]:
-        """As the slice's record has it."""
-        counted = {name: value for name, value in vars(self).items() if not isinstance(value, Dropped)}
-        return {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in counted.items()}
-
-
-def text_bytes(text: str) -> int:
-    """Bytes of a text as UTF-8."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
 # --- one slice ------------------------------------------------------------------------------------------------------
 
 Tell = Callable[[int, int], None]  # (input bytes, documents) of the slice so far
@@ -148,7 +120,7 @@ def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool
 
 
 def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
-    counts = Counts(Dropped(folder))
+    counts = Counts(gone=Dropped(folder))
     writer = SliceWriter(folder, job.format)
     hashes: list[str] = []
     batch: list[tuple[Document, Split]] = []
@@ -186,6 +158,7 @@ def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: 
         with Reading(part, job.corpus, job.source.on_damage) as reading:
             for document in _read(job.source, reading):
                 counts.read += 1
+                counts.read_bytes += text_bytes(document.text)
                 kept = _prepared(job, document, counts)
                 if kept is not None:
                     yield kept
@@ -231,6 +204,7 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
             raise
         _poison(document, error, counts)
         return None
+    counts.cleaned_bytes += text_bytes(document.text)
     if reason is not None:
         _drop(document, reason, counts)
         return None
@@ -256,10 +230,7 @@ def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, write
         if ids is None:
             continue
         writer.add(document, ids, split)
-        counts.documents[split] += 1
-        counts.tokens[split] += len(ids) + 1
-        counts.characters += len(document.text)
-        counts.text_bytes += text_bytes(document.text)
+        counts.keep(document, split, len(ids))
 
 
 def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:
@@ -268,6 +239,7 @@ def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> 
     except BaseException as error:
         if not is_content_error(error):
             raise
+        counts.cleaned_bytes -= text_bytes(document.text)
         _poison(document, error, counts)
         return None
 
@@ -276,6 +248,7 @@ def _poison(document: Document, error: BaseException, counts: Counts) -> None:
     """A document that raises is set aside; too many of them are a fault of ours or of the configuration."""
     line = f"{document.meta.get('input')}: document {document.id}: raises {said(error)}"
     counts.set_aside["raises"] += 1
+    counts.dropped_bytes["raises"] += text_bytes(document.text)
     counts.gone.add(document, "raises")
     _note(counts, line)
     if counts.set_aside["raises"] > max(POISON_LIMIT, counts.read / 10):
