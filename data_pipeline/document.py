@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -12,6 +16,7 @@ class Document:
     `id` is unique in its corpus and the same in every run; `source` is the corpus; `uri` is where a person finds it.
     `meta` carries "input" (the file, as the plan lists it), "offset" (where it begins there: a byte, or for a packed
     file the byte at which its packed member or block begins) and, where known, "language" and "title".
+    `ids`, shape (n,), are its tokens where an input holds tokens already; its text is then empty.
     """
 
     text: str
@@ -19,3 +24,4 @@ class Document:
     source: str
     uri: str
     meta: dict[str, str | int] = field(default_factory=dict)
+    ids: npt.NDArray[np.integer[Any]] | None = field(default=None, compare=False)

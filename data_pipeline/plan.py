@@ -79,12 +79,12 @@ class Plan:
 
 
 def _entry(slice: Slice) -> dict[str, Any]:
-    parts = [[p.input.name, p.input.size, p.input.mtime_ns, p.start, p.stop] for p in slice.parts]
+    parts = [[p.input.name, p.input.size, p.input.version, p.start, p.stop] for p in slice.parts]
     return {"generation": slice.generation, "number": slice.number, "parts": parts}
 
 
 def _slice(entry: dict[str, Any]) -> Slice:
-    parts = tuple(Part(Input(name, size, mtime), start, stop) for name, size, mtime, start, stop in entry["parts"])
+    parts = tuple(Part(Input(name, size, version), start, stop) for name, size, version, start, stop in entry["parts"])
     return Slice(entry["generation"], entry["number"], parts)
 
 
@@ -92,12 +92,15 @@ def cut(
     inputs: Iterable[Input], can_split: Callable[[Input], bool], slice_bytes: int, generation: int, first: int
 ) -> list[Slice]:
     """Slices of about `slice_bytes`, numbered from `first`: inputs in their order, grouped while they fit, and large
-    ones cut into ranges where they can be."""
+    ones cut into ranges where they can be. An input of unknown size is a slice."""
     groups: list[list[Part]] = []
     room = -1  # bytes left in the last group
     for input in inputs:
-        if input.size > slice_bytes and can_split(input):
-            groups += [[part] for part in _ranges(input, slice_bytes)]
+        if input.size is None:
+            groups.append([Part(input)])
+            room = -1
+        elif input.size > slice_bytes and can_split(input):
+            groups += [[part] for part in _ranges(input.size, input, slice_bytes)]
             room = -1
         elif input.size <= room:
             groups[-1].append(Part(input))
@@ -108,9 +111,9 @@ def cut(
     return [Slice(generation, number, tuple(group)) for number, group in enumerate(groups, first)]
 
 
-def _ranges(input: Input, slice_bytes: int) -> Iterator[Part]:
-    count = -(-input.size // slice_bytes)
-    edges = [input.size * i // count for i in range(count + 1)]
+def _ranges(size: int, input: Input, slice_bytes: int) -> Iterator[Part]:
+    count = -(-size // slice_bytes)
+    edges = [size * i // count for i in range(count + 1)]
     for start, stop in itertools.pairwise(edges):
         yield Part(input, start, stop)
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from data_pipeline.sources.bookcorpus import BookCorpus
 from data_pipeline.sources.common_crawl import CommonCrawl
 from data_pipeline.sources.text_files import TextFiles
+from data_pipeline.sources.token_files import TokenFiles
 from data_pipeline.sources.wikipedia import Wikipedia
 
-Source = Annotated[CommonCrawl | Wikipedia | BookCorpus | TextFiles, Field(discriminator="kind")]
+Source = Annotated[CommonCrawl | Wikipedia | BookCorpus | TextFiles | TokenFiles, Field(discriminator="kind")]

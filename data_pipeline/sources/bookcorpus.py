@@ -53,7 +53,7 @@ class BookCorpus(Section):
 
     def text_bytes(self, input: Input) -> float:
         """About how many bytes of text an input gives."""
-        return input.size * (1.0 if input.name.endswith((".txt", ".tar")) else 2.6)
+        return input.bytes * (1.0 if input.name.endswith((".txt", ".tar")) else 2.6)
 
     def read(self, reading: Reading) -> Iterator[Document]:
         """The books of a file, in its order."""

@@ -52,8 +52,8 @@ class CommonCrawl(Section):
         """About how many bytes of text an input gives (Common Crawl's own files: a tenth of packed WARC, WET 2.5)."""
         packed = input.name.endswith(".gz")
         if ".wet" in input.name:
-            return input.size * (2.5 if packed else 0.95)
-        return input.size * (0.3 if packed else 0.06)
+            return input.bytes * (2.5 if packed else 0.95)
+        return input.bytes * (0.3 if packed else 0.06)
 
     def read(self, reading: Reading) -> Iterator[Document]:
         """The pages of a file, in its order."""

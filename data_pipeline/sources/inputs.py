@@ -1,4 +1,4 @@
-"""Input files: found by pattern, read once, hashed while they are read, unpacked member by member.
+"""Input files: found by pattern or list, read once, hashed while they are read, unpacked member by member.
 
 What one pass over a file has to say (damage, documents set aside) is kept in its `Reading`, so that a reader is a
 plain generator of documents.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import functools
 import glob
 import hashlib
+import os
 import re
 import unicodedata
 import zlib
@@ -17,13 +19,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
+
+from backports import zstd
 
 from configs import ConfigError
 
 OnDamage = Literal["skip", "stop"]
 MAX_DOCUMENT_BYTES = 64 * 2**20  # a larger text is cut into parts or set aside, so that memory stays bounded
 READ_BYTES = 256 * 2**10
+READ_AHEAD = 8 * 2**20  # asked of a server at once
+UNKNOWN_BYTES = 2**30  # what an input of unknown size counts for until it is read
 MAX_NOTES = 20  # lines kept per slice for a person to read; all are counted
 
 
@@ -50,18 +56,24 @@ def is_content_error(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Input:
-    """One file of a corpus, as a plan lists it."""
+    """One file or object of a corpus, as a plan lists it."""
 
-    name: str  # the path as the configuration spells it
-    size: int  # bytes
-    mtime_ns: int
+    name: str  # the path or address as the configuration spells it
+    size: int | None  # bytes; None: of a listed address, not asked for until it is read
+    version: int | str | None  # mtime in ns of a file, ETag of an object; None as with size
+
+    @property
+    def bytes(self) -> int:
+        """Its size, or a guess."""
+        return UNKNOWN_BYTES if self.size is None else self.size
 
 
 @dataclass(frozen=True)
 class Part:
     """What one reader call covers: the whole of an input, or a range of its bytes.
 
-    A range has the lines that begin after its start, up to and with the one that begins at its stop.
+    A range has the lines that begin after its start, up to and with the one that begins at its stop; of other kinds
+    of files the documents or row groups that begin in it.
     """
 
     input: Input
@@ -70,45 +82,176 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        return (self.input.size if self.stop is None else self.stop) - self.start
+        return (self.input.bytes if self.stop is None else self.stop) - self.start
 
 
-def find_inputs(patterns: Sequence[str], suffixes: Sequence[str]) -> list[Input]:
-    """The files that patterns name, each once, sorted by name. A folder stands for the files of ours below it.
+# --- finding --------------------------------------------------------------------------------------------------------
 
-    Raises ConfigError for a pattern without a file, and for a file of a kind that the source does not read.
+LISTS = (".paths", ".paths.gz", ".paths.zst")
+COMPANIONS = {".bin": ".idx", ".ds": ".ds.index"}  # where the documents of a file of tokens are
+
+
+def find_inputs(patterns: Sequence[str], suffixes: Sequence[str], base: str | None = None) -> list[Input]:
+    """The files and objects that patterns name, each once, sorted by name.
+
+    A folder stands for the files of ours below it, a list (`*.paths`, packed or not) for what it names, relative to
+    `base` (None: the list's own folder). Raises ConfigError for a pattern without a file, for a file of a kind that
+    the source does not read, and for what cannot be asked for.
     """
     if not patterns:
         raise ConfigError("paths: expected at least one file, folder or pattern")
-    names: set[str] = set()
+    found: dict[str, Input] = {}
+    addresses: list[str] = []
     for pattern in patterns:
-        found = _matches(pattern, suffixes)
-        if not found:
-            raise ConfigError(f"paths: no file matches {pattern!r} (looked from {Path.cwd()})")
-        names.update(found)
-    return [describe(name) for name in sorted(names)]
+        if pattern.endswith(LISTS):
+            names = _checked(_listed(pattern, base), suffixes)
+            inputs = [Input(name, None, None) if is_remote(name) else _describe_listed(name, pattern) for name in names]
+        elif is_remote(pattern):
+            inputs = []
+            addresses.append(pattern)
+        else:
+            names = _checked(_matches(pattern, suffixes), suffixes)
+            inputs = [describe(name) for name in names]
+            if not inputs:
+                raise ConfigError(f"paths: no file matches {pattern!r} (looked from {Path.cwd()})")
+        found |= {input.name: input for input in inputs}
+    if addresses:
+        found |= {input.name: input for input in _find_remote(addresses, suffixes)}
+    return [found[name] for name in sorted(found)]
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is an address: on a web server or in an object store."""
+    return name.startswith(("https://", "http://", "s3://"))
 
 
 def describe(name: str) -> Input:
-    """An input as it is now. Raises OSError when it is not there."""
+    """An input as it is now. Raises OSError or InputError when it is not there."""
+    if is_remote(name):
+        from data_pipeline.sources import remote
+
+        return Input(name, *remote.describe(name))
     status = Path(name).stat()
-    return Input(name, status.st_size, status.st_mtime_ns)
+    companion = companion_of(name)
+    if companion is None:
+        return Input(name, status.st_size, status.st_mtime_ns)
+    return Input(name, status.st_size, f"{status.st_mtime_ns} {Path(companion).stat().st_mtime_ns}")
+
+
+def companion_of(name: str) -> str | None:
+    """The file beside a file of tokens that says where its documents are; None for other files."""
+    ending = next((ending for ending in COMPANIONS if name.endswith(ending)), None)
+    return None if ending is None else name.removesuffix(ending) + COMPANIONS[ending]
+
+
+def _find_remote(addresses: Sequence[str], suffixes: Sequence[str]) -> list[Input]:
+    from data_pipeline.sources import remote
+
+    try:
+        found = [Input(*entry) for entry in remote.find(addresses, tuple(suffixes))]
+    except InputError as error:
+        raise ConfigError(f"paths: {error}") from None
+    _checked([input.name for input in found], suffixes)
+    return found
+
+
+def _describe_listed(name: str, list_: str) -> Input:
+    try:
+        return describe(name)
+    except OSError as error:
+        raise ConfigError(f"paths: {list_}: names {name}: {error.strerror}") from None
+
+
+_LISTED = re.compile(r"(?!/)(?!.*(?:^|/)\.\.?(?:/|$))[^\x00-\x1f\x7f:\\?#]+")  # below the base, and nowhere else
+
+
+def _listed(list_: str, base: str | None) -> list[str]:
+    """The names in a list, each below `base`."""
+    where = list_.rpartition("/")[0] if base is None else base.rstrip("/")
+    names = []
+    try:
+        with Reading(Part(describe(list_)), "") as reading:
+            for number, (_, line) in enumerate(lines(Content(reading)), 1):
+                name = b"-" if line is None else line.removesuffix(b"\r")
+                text = name.decode("utf-8", "replace")
+                if text and (text == "-" or not _LISTED.fullmatch(text)):
+                    raise ConfigError(f"paths: {list_}: line {number}: expected a name below {where}, got {text!r:.100}")
+                names += [f"{where}/{text}" if where else text] if text else []
+    except OSError as error:
+        raise ConfigError(f"paths: {list_}: {error.strerror}") from None
+    except (Damage, InputError) as error:
+        raise ConfigError(f"paths: {list_}: {error}") from None
+    if not names:
+        raise ConfigError(f"paths: {list_}: an empty list")
+    return names
 
 
 def _matches(pattern: str, suffixes: Sequence[str]) -> list[str]:
+    if re.match(r"[a-z][a-z0-9+.-]*://", pattern):
+        raise ConfigError(f"paths: {pattern}: expected a file, https://, http:// or s3://")
     if Path(pattern).is_dir():
         below = [str(path) for path in Path(pattern).rglob("[!.]*") if path.is_file()]
-        return [_checked(name, suffixes) for name in below if name.endswith(tuple(suffixes))]
+        return [name for name in below if name.endswith(tuple(suffixes))]
     named = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207 (may be absolute)
-    return [_checked(name, suffixes) for name in named if Path(name).is_file()]
+    return [name for name in named if Path(name).is_file()]
 
 
-def _checked(name: str, suffixes: Sequence[str]) -> str:
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
-        raise ConfigError(f"paths: {name!r}: control characters in a file name; rename it")
-    if not name.endswith(tuple(suffixes)):
-        raise ConfigError(f"paths: {name}: not a kind of file that this source reads ({', '.join(suffixes)})")
-    return name
+def _checked(names: Sequence[str], suffixes: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+            raise ConfigError(f"paths: {name!r}: control characters in a file name; rename it")
+        if not name.endswith(tuple(suffixes)):
+            raise ConfigError(f"paths: {name}: not a kind of file that this source reads ({', '.join(suffixes)})")
+    return names
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class Bytes(Protocol):
+    """A file or object that can be read anywhere."""
+
+    size: int
+
+    def at(self, offset: int, size: int, ahead: int = 0) -> bytes:
+        """The bytes at `offset`, fewer than `size` only at the end. `ahead`: how many are likely to be wanted."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """Bytes of a file, by `pread`."""
+
+    def __init__(self, name: str) -> None:
+        self.descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self.descriptor).st_size
+
+    def at(self, offset: int, size: int, ahead: int = 0) -> bytes:
+        return os.pread(self.descriptor, size, offset)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def open_bytes(input: Input) -> Bytes:
+    """Open an input; what is remote is held to the version that the plan has. Raises OSError, InputError."""
+    if is_remote(input.name):
+        from data_pipeline.sources import remote
+
+        return remote.RemoteFile(input.name, input.size, None if input.version is None else str(input.version))
+    return LocalFile(input.name)
+
+
+@functools.lru_cache(maxsize=4)  # all slices of a large file have one index
+def _hash_of(input: Input) -> bytes:
+    """The sha256 of an input's bytes; of a remote one, of its version."""
+    digest = hashlib.sha256()
+    if is_remote(input.name):
+        digest.update(str(input.version).encode())
+        return digest.digest()
+    with Path(input.name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @dataclass
@@ -122,11 +265,14 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     position: int = 0  # of the next byte in the file
 
-    def __enter__(self) -> Reading:
+    def __enter__(self) -> Self:
         self.position = self.part.start
+        self._file = open_bytes(self.part.input)
+        self._end = self._file.size if self.part.stop is None else self.part.stop
         self._hash = hashlib.sha256()
-        self._file: BinaryIO = Path(self.part.input.name).open("rb")
-        self._file.seek(self.position)
+        companion = companion_of(self.part.input.name)
+        if companion is not None:
+            self._hash.update(_hash_of(describe(companion)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -135,19 +281,28 @@ class Reading:
     @property
     def bytes_read(self) -> int:
         """Of the part."""
-        return min(self.position - self.part.start, self.part.bytes)
+        return min(self.position, self._end) - self.part.start
+
+    @property
+    def size(self) -> int:
+        """Of the whole input."""
+        return self._file.size
 
     def read(self, size: int) -> bytes:
         """The next bytes of the file. What lies beyond the part is neither hashed nor counted."""
-        data = self._file.read(size)
-        mine = max(0, self.part.start + self.part.bytes - self.position)
-        self._hash.update(data if mine >= len(data) else data[:mine])
+        data = self._file.at(self.position, size, READ_AHEAD)
+        mine = max(0, self._end - self.position)
+        self._hash.update(data if mine >= len(data) else memoryview(data)[:mine])
         self.position += len(data)
         return data
 
+    def at(self, offset: int, size: int) -> bytes:
+        """Bytes anywhere in the file, by the way: neither hashed nor counted."""
+        return self._file.at(offset, size)
+
     def finish(self) -> str:
         """Read what the reader left, and give the sha256 (hex) of the part's bytes."""
-        while self.bytes_read < self.part.bytes and self.read(READ_BYTES):
+        while self.position < self._end and self.read(READ_BYTES):
             pass
         return self._hash.hexdigest()
 
@@ -171,7 +326,7 @@ class Reading:
 
 
 class Member:
-    """The content of one gzip or bzip2 member of a file, or of a whole unpacked file.
+    """The content of one gzip or bzip2 member or zstd frame of a file, or of a whole unpacked file.
 
     `read` gives what there is (only b"" is the end), and raises Damage after all that comes before it was given.
     """
@@ -207,19 +362,24 @@ class Member:
     def _unpack(self, size: int) -> bytes:
         try:
             data: bytes = self.codec.decompress(self.input, size)
-        except (zlib.error, OSError, ValueError) as error:
+        except (zlib.error, OSError, ValueError, zstd.ZstdError) as error:
             raise Damage(self.offset, f"not valid {self.packing} ({error})") from None
-        self.input = self.codec.unconsumed_tail if self.packing == "gzip" else b""  # bzip2 keeps its own
+        self.input = self.codec.unconsumed_tail if self.packing == "gzip" else b""  # the others keep their own
         return data
 
 
-Packing = Literal["gzip", "bzip2"]
-_CODECS: dict[Packing, Callable[[], Any]] = {"gzip": lambda: zlib.decompressobj(wbits=31), "bzip2": bz2.BZ2Decompressor}
-_MAGIC: dict[Packing, re.Pattern[bytes]] = {
+Packing = Literal["gzip", "bzip2", "zstd"]
+_CODECS: dict[Packing, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),
+    "bzip2": bz2.BZ2Decompressor,
+    "zstd": zstd.ZstdDecompressor,
+}
+MAGIC: dict[Packing, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),  # a first block, or the end of an empty stream
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame, or one to be skipped
 }
-_ENDINGS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2"}
+_ENDINGS: dict[str, Packing] = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 
 
 def members(reading: Reading) -> Iterator[Member]:
@@ -229,7 +389,7 @@ def members(reading: Reading) -> Iterator[Member]:
     if reading.part.start > 0:  # a range of a file that is not packed
         yield Member(reading, None, head)
         return
-    packing = next((kind for kind, magic in _MAGIC.items() if magic.match(head)), None)
+    packing = next((kind for kind, magic in MAGIC.items() if magic.match(head)), None)
     expected = next((kind for ending, kind in _ENDINGS.items() if name.endswith(ending)), None)
     if expected is not None and packing != expected:
         raise Damage(0, f"not a {expected} file" if head else "empty file")
@@ -273,18 +433,23 @@ class Readable(Protocol):
 
 def lines(stream: Readable, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[tuple[int, bytes | None]]:
     """(position, line without its newline) for each line; None for one of more than `limit` bytes."""
-    position, pending, lost = 0, b"", 0  # lost: bytes of the current line that were let go
+    position, begun, pending, lost = 0, [b""], 0, 0  # begun: pieces of the current line, `pending` bytes together
     while data := stream.read(READ_BYTES):
-        *whole, pending = (pending + data).split(b"\n")
-        for line in whole:
-            yield position, None if lost or len(line) > limit else line
-            position += lost + len(line) + 1
-            lost = 0
-        if lost or len(pending) > limit:
-            lost += len(pending)
-            pending = b""
+        first, *whole = data.split(b"\n")
+        begun.append(first)
+        pending += len(first)
+        if whole:
+            yield position, None if lost or pending > limit else b"".join(begun)
+            position += lost + pending + 1
+            for line in whole[:-1]:
+                yield position, line if len(line) <= limit else None
+                position += len(line) + 1
+            begun, pending, lost = [whole[-1]], len(whole[-1]), 0
+        if lost or pending > limit:  # lost: bytes of the current line that were let go
+            lost += pending
+            begun, pending = [], 0
     if pending or lost:
-        yield position, None if lost else pending
+        yield position, None if lost else b"".join(begun)
 
 
 def texts(stream: Readable, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[tuple[int, bytes]]:

@@ -49,7 +49,7 @@ class TextFiles(Section):
 
     def text_bytes(self, input: Input) -> float:
         """About how many bytes of text an input gives."""
-        return input.size * (2.7 if input.name.endswith((".gz", ".bz2")) else 0.95)
+        return input.bytes * (2.7 if input.name.endswith((".gz", ".bz2")) else 0.95)
 
     def read(self, reading: Reading) -> Iterator[Document]:
         """The documents of a file, or those whose lines begin in the part's range of it."""

@@ -66,7 +66,7 @@ class Wikipedia(Section):
 
     def text_bytes(self, input: Input) -> float:
         """About how many bytes of text an input gives: half of its XML, more than the size of packed XML."""
-        return input.size * (0.5 if input.name.endswith(".xml") else 1.7)
+        return input.bytes * (0.5 if input.name.endswith(".xml") else 1.7)
 
     def read(self, reading: Reading) -> Iterator[Document]:
         """The articles of a dump, or those that begin in the part's range of it, in its order."""

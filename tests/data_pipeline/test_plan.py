@@ -82,7 +82,7 @@ def test_comparison_with_the_inputs_of_now() -> None:
         slices, now, lambda s: made.get(s.name), lambda part: "sha" if part.input.name == "0000" else "other"
     )
     assert [s.name for s in found.kept] == ["0-00000", "0-00003"]  # only the time has changed; nothing has
-    assert found.kept[0].parts[0].input.mtime_ns == 2
+    assert found.kept[0].parts[0].input.version == 2
     assert [s.name for s in found.changed] == ["0-00001", "0-00002"]
     assert found.changed_inputs == [
         "0001: written anew since it was planned",
