@@ -20,10 +20,10 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import xxhash
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from configs import ConfigError, Int, Section, differences, load
 from data_pipeline import shards
@@ -38,6 +38,7 @@ from data_pipeline.shards import RECORD, Format, Manifest, SealedSlice, ShardRec
 from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_leftovers
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
+from data_pipeline.sources.token_files import TokenFiles
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
 from data_pipeline.work import Done, Task, Unfinished, WorkError, work
 
@@ -73,6 +74,16 @@ class Preparation(Section):
             if not name.replace("-", "_").replace("_", "a").isalnum():
                 raise ValueError(f"{name!r}: expected a name of letters, digits, - and _ (it becomes a folder)")
         return corpora
+
+    @model_validator(mode="after")
+    def _tokens_have_their_tokenizer(self) -> Self:
+        made = [name for name, source in self.corpora.items() if isinstance(source, TokenFiles)]
+        if made and not isinstance(self.tokenizer, GivenTokenizer):
+            raise ValueError(
+                f"corpora.{made[0]} holds tokens already: expected tokenizer.kind file, with the path of the "
+                f"tokenizer.json that made them, got {self.tokenizer.kind}"
+            )
+        return self
 
     @field_validator("slice_bytes", "shard_bytes", "workers")
     @classmethod
@@ -631,7 +642,7 @@ def outline(preparation: Preparation, corpus: str) -> Outline:
     return Outline(
         corpus=corpus,
         inputs=len(inputs),
-        input_bytes=sum(input.size for input in inputs),
+        input_bytes=sum(input.bytes for input in inputs),
         tokens=int(sum(map(source.text_bytes, inputs)) / BYTES_PER_TOKEN),
         slices=len(slices),
         slices_made=sum(slice_record(folder, plan, slice) is not None for slice in slices) if plan else 0,

@@ -33,6 +33,7 @@ from data_pipeline.sources.inputs import (
     Reading,
     describe,
     is_content_error,
+    is_remote,
 )
 from data_pipeline.tokenizer import Tokenizer
 
@@ -49,7 +50,11 @@ class Validation(Section):
 
     def split(self, text: str) -> Split:
         """The same for equal texts, in every corpus."""
-        place = xxhash.xxh3_64_intdigest(text.encode(), self.seed & (2**64 - 1)) / 2**64
+        return self.split_bytes(text.encode())
+
+    def split_bytes(self, data: bytes) -> Split:
+        """The same for equal bytes: of a text in UTF-8, or of ids as 4 little-endian bytes each."""
+        place = xxhash.xxh3_64_intdigest(data, self.seed & (2**64 - 1)) / 2**64
         return "validation" if place < self.fraction else "train"
 
 
@@ -126,6 +131,9 @@ def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tel
     batch: list[tuple[Document, Split]] = []
     size = 0
     for document in _documents(job, slice, counts, hashes, tell):
+        if document.ids is not None:
+            _take(document, job, tokenizer, writer, counts)
+            continue
         batch.append((document, job.validation.split(document.text)))
         size += len(document.text)
         if size >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
@@ -165,13 +173,15 @@ def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: 
                 tell(before + reading.bytes_read, counts.read)
             hashes.append(reading.finish())
         _check_unchanged(part, slice)
-        counts.input_bytes = before + part.bytes
+        counts.input_bytes = before + reading.bytes_read
         counts.set_aside.update(reading.set_aside)
         _note(counts, *reading.notes)
         tell(counts.input_bytes, counts.read)
 
 
 def _check_unchanged(part: Part, slice: Slice) -> None:
+    if is_remote(part.input.name):
+        return  # every request names the version that the plan has
     try:
         now = describe(part.input.name)
     except FileNotFoundError:
@@ -194,7 +204,9 @@ def _read(source: Source, reading: Reading) -> Iterator[Document]:
 
 
 def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
-    """Cleaned and let through by the filters, or None (counted)."""
+    """Cleaned and let through by the filters, or None (counted). What is tokens already stays as it is."""
+    if document.ids is not None:
+        return document
     try:
         document = replace(document, text=job.clean.text(document.text, counts.masked))
         document = job.filters.marked(document)
@@ -231,6 +243,22 @@ def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, write
             continue
         writer.add(document, ids, split)
         counts.keep(document, split, len(ids))
+
+
+def _take(document: Document, job: Job, tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
+    """A document whose tokens are made already: checked, and without its own <|endoftext|>, which the writer adds."""
+    ids = document.ids
+    assert ids is not None
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise InputError(
+            f"{document.id}: token id {low if low < 0 else high} is not among the {tokenizer.vocab_size} of the "
+            "tokenizer; set tokenizer.path to the one that made this file"
+        )
+    ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.end_of_text else ids
+    split = job.validation.split_bytes(ids.astype("<u4").tobytes())
+    writer.add(document, ids, split)
+    counts.keep(document, split, len(ids))
 
 
 def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:

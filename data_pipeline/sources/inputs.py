@@ -13,6 +13,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -21,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from backports import zstd
-
 from configs import ConfigError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 OnDamage = Literal["skip", "stop"]
 MAX_DOCUMENT_BYTES = 64 * 2**20  # a larger text is cut into parts or set aside, so that memory stays bounded
@@ -128,9 +132,9 @@ def is_remote(name: str) -> bool:
 def describe(name: str) -> Input:
     """An input as it is now. Raises OSError or InputError when it is not there."""
     if is_remote(name):
-        from data_pipeline.sources import remote
+        from data_pipeline.sources.remote import describe as asked
 
-        return Input(name, *remote.describe(name))
+        return Input(name, *asked(name))
     status = Path(name).stat()
     companion = companion_of(name)
     if companion is None:
@@ -145,10 +149,10 @@ def companion_of(name: str) -> str | None:
 
 
 def _find_remote(addresses: Sequence[str], suffixes: Sequence[str]) -> list[Input]:
-    from data_pipeline.sources import remote
+    from data_pipeline.sources.remote import find
 
     try:
-        found = [Input(*entry) for entry in remote.find(addresses, tuple(suffixes))]
+        found = [Input(*entry) for entry in find(addresses, tuple(suffixes))]
     except InputError as error:
         raise ConfigError(f"paths: {error}") from None
     _checked([input.name for input in found], suffixes)
@@ -175,7 +179,9 @@ def _listed(list_: str, base: str | None) -> list[str]:
                 name = b"-" if line is None else line.removesuffix(b"\r")
                 text = name.decode("utf-8", "replace")
                 if text and (text == "-" or not _LISTED.fullmatch(text)):
-                    raise ConfigError(f"paths: {list_}: line {number}: expected a name below {where}, got {text!r:.100}")
+                    raise ConfigError(
+                        f"paths: {list_}: line {number}: expected a name below {where}, got {text!r:.100}"
+                    )
                 names += [f"{where}/{text}" if where else text] if text else []
     except OSError as error:
         raise ConfigError(f"paths: {list_}: {error.strerror}") from None
@@ -237,9 +243,9 @@ class LocalFile:
 def open_bytes(input: Input) -> Bytes:
     """Open an input; what is remote is held to the version that the plan has. Raises OSError, InputError."""
     if is_remote(input.name):
-        from data_pipeline.sources import remote
+        from data_pipeline.sources.remote import RemoteFile
 
-        return remote.RemoteFile(input.name, input.size, None if input.version is None else str(input.version))
+        return RemoteFile(input.name, input.size, None if input.version is None else str(input.version))
     return LocalFile(input.name)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,7 +30,6 @@ from data_pipeline.sources.inputs import (
     companion_of,
     describe,
     find_inputs,
-    is_remote,
     open_bytes,
 )
 
@@ -52,13 +50,10 @@ class TokenFiles(Section):
 
     def inputs(self) -> list[Input]:
         """The files, sorted by name. Raises ConfigError where a path leads to none, or an index is missing."""
-        inputs = find_inputs(self.paths, (".bin", ".ds"))
-        for input in inputs:
-            index = companion_of(input.name)
-            assert index is not None
-            if not is_remote(index) and not Path(index).is_file():
-                raise ConfigError(f"paths: {input.name}: its index is missing; put {Path(index).name} beside it")
-        return inputs
+        try:
+            return find_inputs(self.paths, (".bin", ".ds"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"paths: {error.filename}: an index is missing; put it beside its file") from None
 
     def can_split(self, input: Input) -> bool:
         """Whether ranges of its bytes can be read by themselves."""
@@ -74,7 +69,8 @@ class TokenFiles(Section):
         assert name is not None
         index = open_bytes(describe(name))
         try:
-            yield from _documents(reading, _megatron(name, index) if name.endswith(".idx") else _datatrove(index, reading))
+            edges = _megatron(name, index) if name.endswith(".idx") else _datatrove(index, reading)
+            yield from _documents(reading, edges)
         except Damage as damage:
             reading.damaged(damage)
         finally:

@@ -47,7 +47,7 @@ def test_a_pattern_without_a_file_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(error.value) == f"paths: no file matches 'corpora/*.txt' (looked from {tmp_path})"
 
 
-@pytest.mark.parametrize("evil", ["pipe:cat /etc/passwd", "-", "|ls", "http://169.254.169.254/x.txt"])
+@pytest.mark.parametrize("evil", ["pipe:cat /etc/passwd", "-", "|ls"])
 def test_names_that_other_readers_would_run_are_only_names(evil: str) -> None:
     with pytest.raises(ConfigError, match="no file matches"):
         find_inputs([evil], (".txt",))
