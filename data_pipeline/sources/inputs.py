@@ -270,11 +270,12 @@ class Reading:
     set_aside: Counter[str] = field(default_factory=Counter)  # reason -> records
     notes: list[str] = field(default_factory=list)
     position: int = 0  # of the next byte in the file
+    stop: int = field(init=False)  # of the part, known when it is opened
 
     def __enter__(self) -> Self:
         self.position = self.part.start
         self._file = open_bytes(self.part.input)
-        self._end = self._file.size if self.part.stop is None else self.part.stop
+        self.stop = self._file.size if self.part.stop is None else self.part.stop
         self._hash = hashlib.sha256()
         companion = companion_of(self.part.input.name)
         if companion is not None:
@@ -287,7 +288,7 @@ class Reading:
     @property
     def bytes_read(self) -> int:
         """Of the part."""
-        return min(self.position, self._end) - self.part.start
+        return min(self.position, self.stop) - self.part.start
 
     @property
     def size(self) -> int:
@@ -297,7 +298,7 @@ class Reading:
     def read(self, size: int) -> bytes:
         """The next bytes of the file. What lies beyond the part is neither hashed nor counted."""
         data = self._file.at(self.position, size, READ_AHEAD)
-        mine = max(0, self._end - self.position)
+        mine = max(0, self.stop - self.position)
         self._hash.update(data if mine >= len(data) else memoryview(data)[:mine])
         self.position += len(data)
         return data
@@ -308,7 +309,7 @@ class Reading:
 
     def finish(self) -> str:
         """Read what the reader left, and give the sha256 (hex) of the part's bytes."""
-        while self.position < self._end and self.read(READ_BYTES):
+        while self.position < self.stop and self.read(READ_BYTES):
             pass
         return self._hash.hexdigest()
 

@@ -134,7 +134,7 @@ def _pages(reading: Reading) -> Iterator[tuple[int, bytes]]:
     Of the bytes behind the part as many are read as its last page needs. What is damaged is set aside and read past;
     raises Damage where the file ends too early.
     """
-    stop = reading.part.start + reading.part.bytes
+    stop = reading.stop
     is_plain = reading.part.input.name.endswith(".xml")
     held, held_from = bytearray(), 0  # a page not yet whole, or what may be the start of its tag
     last = b""

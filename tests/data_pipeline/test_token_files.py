@@ -248,7 +248,7 @@ def test_a_tokenizer_must_be_given(here: Path) -> None:
 def test_an_id_that_the_tokenizer_does_not_have_stops_the_work(here: Path) -> None:
     write_datatrove(here / "b.ds", [[1, 2], [3, 500]])
     with pytest.raises(WorkError) as error:
-        prepare.run(load("corpora.m.paths=[b.ds]"))
+        prepare.run(load("corpora.m.paths=[b.ds]", "corpora.d.paths=[a.bin]"))
     assert str(error.value) == (
         "m: b.ds:1: token id 500 is not among the 500 of the tokenizer; "
         "set tokenizer.path to the one that made this file"
