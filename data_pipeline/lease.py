@@ -2,6 +2,8 @@
 
 A lease is a symbolic link whose text names its owner, so that taking it is one atomic step. It only saves double work:
 what is made under two leases by mistake is the same to the byte, and whole or absent.
+
+A dead process holds nothing up on its own host, nor where SLURM starts its job again; elsewhere it does for SILENT_S.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 BEAT_S = 30.0
@@ -24,7 +26,10 @@ SILENT_S = 300.0  # after which the owner on another host is taken for dead
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. `boot` and `space` tell whether its pid means anything here; `started` whether the pid is still it."""
+    """A process. `boot` and `space` tell whether its pid means anything here; `started` whether the pid is still it.
+
+    `job` is its job on SLURM, `start` how often that had been started before.
+    """
 
     host: str
     pid: int
@@ -32,6 +37,8 @@ class Owner:
     space: str
     started: str
     token: str
+    job: str = ""
+    start: str = ""
 
     def __str__(self) -> str:
         return f"{self.host} pid {self.pid}"
@@ -39,13 +46,24 @@ class Owner:
     @staticmethod
     def me() -> Owner:
         pid = os.getpid()
-        return Owner(socket.gethostname(), pid, _boot(), _pid_space(), _started(pid), secrets.token_hex(6))
+        owner = Owner(socket.gethostname(), pid, _boot(), _pid_space(), _started(pid), secrets.token_hex(6))
+        return replace(owner, job=_job(), start=_start())
 
     def is_alive(self, last_beat: float) -> bool:
         """On this host by its process, on another by its last sign of life (seconds of the epoch)."""
         if (self.host, self.space) == (socket.gethostname(), _pid_space()):
             return self.boot == _boot() and _started(self.pid) == self.started != "dead"
+        if self.job and self.job == _job() and self.start != _start():
+            return False  # SLURM starts a job again when it has ended it, or lost its node
         return time.time() - last_beat < SILENT_S
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _start() -> str:
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def _boot() -> str:

@@ -73,6 +73,8 @@ class Preparation(Section):
         for name in corpora:
             if not name.replace("-", "_").replace("_", "a").isalnum():
                 raise ValueError(f"{name!r}: expected a name of letters, digits, - and _ (it becomes a folder)")
+            if name == "submissions":
+                raise ValueError(f"{name!r}: the folder of that name is for the jobs of launch prep")
         return corpora
 
     @model_validator(mode="after")
@@ -511,16 +513,16 @@ def make_jobs(preparation: Preparation) -> list[Job]:
 
 def planned_jobs(preparation: Preparation) -> list[Job]:
     """The same as they are planned already, whatever the inputs are now."""
+    if not (preparation.out / TOKENIZER).exists():
+        raise ConfigError(f"{preparation.out}: not planned; run data-prep plan")
     tokenizer = Tokenizer.load(preparation.out / TOKENIZER)
     return [planned_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
 
 
-STAGES = ("slices", "seal")
-
-
-def stage_names(preparation: Preparation) -> list[str]:
-    """The stages of a configuration in their order, before anything is planned."""
-    return list(STAGES)
+def stage_widths(preparation: Preparation) -> dict[str, int | None]:
+    """The stages of a configuration in their order, before anything is planned, with the number of their tasks where
+    the plan does not decide it."""
+    return {"slices": None, "seal": 1}
 
 
 def _stages(jobs: Sequence[Job]) -> dict[str, int]:

@@ -43,14 +43,55 @@ def submit(
     """Check a run and start it: in the foreground with launcher.kind=local, as a job on SLURM with slurm."""
     from launch.job import load_job
 
-    launchers = [text for text in overrides or [] if text.startswith(("launcher=", "launcher."))]
-    rest = [text for text in overrides or [] if text not in launchers]
-    launcher = configs.build(Where, {"launcher": {"kind": "local"}}, "command line", launchers).launcher
+    launchers, rest = _apart(overrides)
+    launcher = _launcher(launchers)
     job = load_job(run, rest)
     if dry_run:
         print(launcher.show(job))
     else:
         raise typer.Exit(launcher.start(job))
+
+
+@app.command()
+def prep(
+    config: Annotated[Path, typer.Argument(help="what data-prep run takes")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value; launcher=FILE.yaml and launcher.key=value say where it runs"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the jobs, and queue none")] = False,
+    status: Annotated[bool, typer.Option("--status", help="show how far it is, and queue nothing")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="end its jobs; what is made stays")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Prepare corpora in arrays of jobs on SLURM, or do what is missing: plan, slices, manifest."""
+    from launch import prep as preparations
+
+    launchers, rest = _apart(overrides)
+    launcher = _launcher(launchers)
+    if status:
+        tree = preparations.look(config, rest)
+        print(json.dumps(tree, indent=2) if as_json else "\n".join(preparations.lines(tree)))
+    elif stop:
+        print("\n".join(preparations.stop(config, rest)))
+    elif isinstance(launcher, Local):
+        preparations.run_here(config, rest, dry_run, as_json)
+    elif dry_run:
+        steps = preparations.show(launcher, config, rest)
+        print(json.dumps(steps, indent=2) if as_json else "\n".join(step["script"] for step in steps))
+    else:
+        jobs = preparations.submit(launcher, config, rest)
+        print(json.dumps(jobs, indent=2) if as_json else "\n".join(id for ids in jobs.values() for id in ids))
+
+
+def _apart(overrides: list[str] | None) -> tuple[list[str], list[str]]:
+    """(what says where it runs, what says what it is)"""
+    launchers = [text for text in overrides or [] if text.startswith(("launcher=", "launcher."))]
+    return launchers, [text for text in overrides or [] if text not in launchers]
+
+
+def _launcher(overrides: list[str]) -> Local | Slurm:
+    return configs.build(Where, {"launcher": {"kind": "local"}}, "command line", overrides).launcher
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="for programs; the keys are in README")]

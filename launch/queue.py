@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 TIMEOUT_S = 5.0
+DEFAULT_ARRAY_SIZE = 1001
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 RUNNING = {"RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 ENDING = {"COMPLETING"}
@@ -61,6 +64,27 @@ def ask(ids: Sequence[str]) -> Answer:
         if silent is not None and unaccounted is None and all(id in jobs for id in ids):
             silent = None
     return Answer(jobs, silent)
+
+
+def max_array_size() -> int:
+    """How many tasks an array may have; where SLURM does not say, its own default."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call(["scontrol", "show", "config"])[0], re.MULTILINE)
+    return max(1, int(found[1])) if found else DEFAULT_ARRAY_SIZE
+
+
+def count_states(ids: Sequence[str]) -> tuple[Counter[str], str | None]:
+    """How many jobs and tasks of arrays are in each state, ended ones left out; and what went wrong, or None."""
+    if not ids:
+        return Counter(), None
+    output, problem = _call(["squeue", "--noheader", "--array", f"--jobs={','.join(ids)}", "--format=%T"])
+    if problem is not None and "invalid job id" in problem.lower():
+        problem = None  # forgotten: they have ended
+    return Counter(output.split()), problem
+
+
+def cancel(ids: Sequence[str]) -> str | None:
+    """End jobs and arrays, those that wait and those that run. What went wrong, or None."""
+    return _call(["scancel", *ids])[1] if ids else None
 
 
 def cancel_pending(ids: Iterable[str]) -> str | None:

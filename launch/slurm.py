@@ -35,6 +35,17 @@ UNKNOWN_LEAD_S = 120  # before a first save was measured
 SAVES = 20  # the newest ones, of which the slowest counts
 
 
+class Prep(Section):
+    """Tasks of `launch prep`, each on one node. What is absent here is as for runs where runs have it too."""
+
+    tasks: Int = Field(16, ge=1)  # of each stage, at once
+    cpus: Int = Field(4, ge=1)  # of a task, a worker for each
+    mem_gb: Float | None = Field(None, gt=0)  # of a task; a worker needs less than 1
+    minutes: Int = Field(240, ge=1)  # the time limit of a task, which is put back into the queue when it is over
+    partition: str | None = None
+    constraint: str | None = None
+
+
 class Slurm(Section):
     """Ranks on a SLURM cluster, one task for each. What is absent is left to the cluster's defaults."""
 
@@ -63,6 +74,7 @@ class Slurm(Section):
     srun: list[str] = Field([])  # further arguments of srun
     sbatch: dict[str, str] = Field({})  # further parameters of sbatch by long name; the value `true` stands for none
     notice: Notice | None = None
+    prep: Prep = Prep()
 
     @model_validator(mode="after")
     def _has_time(self) -> Slurm:
@@ -99,9 +111,9 @@ class Slurm(Section):
         snapshot(job.folder / CODE)
         try:
             number = self._executor(job).queue()
-        except (FileNotFoundError, FailedJobError, FailedSubmissionError) as error:
+        except SlurmError:
             shutil.rmtree(job.folder)
-            raise SlurmError(_explain(error)) from None
+            raise
         with (job.folder / JOBS).open("a") as jobs:  # the job may run by now, and have chained its successor
             jobs.write(f"{number}\n")
         print(number, flush=True)
@@ -133,6 +145,38 @@ class Slurm(Section):
             use_srun=False,  # batch.sh has one of its own
             additional_parameters=signal | requeue | spare | output | extra,
         )
+        return executor
+
+    def prep_executor(self, folder: Path, name: str, stem: str, body: str, tasks: int, after: str | None) -> _Executor:
+        """A job of `launch prep`, or an array of several `tasks`; `after` is what it depends on, as afterok:12:13."""
+        executor = _Executor(folder, body)
+        lead_s = min(self.signal_lead_s or LEAST_LEAD_S, 30 * self.prep.minutes)
+        output = f"{stem}-%A_%a.log" if tasks > 1 else f"{stem}-%j.log"
+        own = {"signal": f"B:{STOP_SIGNAL}@{lead_s}", "output": str(folder / output), "kill-on-invalid-dep": "yes"}
+        requeue = {"requeue" if self.restart == "requeue" else "no-requeue": True}
+        extra = {name: True if value == "true" else value for name, value in self.sbatch.items()}
+        executor.update_parameters(
+            time=self.prep.minutes,
+            nodes=1,
+            ntasks_per_node=1,
+            array_parallelism=tasks,
+            job_name=name,
+            partition=self.prep.partition or self.partition,
+            account=self.account,
+            qos=self.qos,
+            cpus_per_task=self.prep.cpus,
+            mem=f"{round(self.prep.mem_gb * 1024)}M" if self.prep.mem_gb else None,
+            constraint=self.prep.constraint or self.constraint,
+            exclude=self.exclude,
+            setup=self.setup or None,
+            dependency=after,
+            wckey=None,
+            stderr_to_stdout=True,
+            use_srun=False,
+            additional_parameters=own | requeue | extra,
+        )
+        if tasks > 1:
+            executor.parameters["map_count"] = tasks
         return executor
 
     def _lead_s(self, run_folder: Path) -> int:
@@ -216,9 +260,12 @@ class _Executor(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._command, uid="")
 
     def queue(self) -> str:
-        """The id of the queued job. Raises what submitit does; sbatch's words come in the exception alone."""
-        with contextlib.redirect_stderr(io.StringIO()):
-            return str(self._submit_command(self._command).job_id)
+        """The id of the queued job. Raises SlurmError, which has sbatch's words."""
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                return str(self._submit_command(self._command).job_id)
+        except (FileNotFoundError, FailedJobError, FailedSubmissionError) as error:
+            raise SlurmError(_explain(error)) from None
 
 
 REMEDIES = {
@@ -226,6 +273,7 @@ REMEDIES = {
     "partition": "set launcher.partition; `sinfo` lists those of this cluster",
     "account": "set launcher.account; `sacctmgr show associations user=$USER` lists yours",
     "qos": "set launcher.qos; `sacctmgr show qos` lists those of this cluster",
+    "job submit limit": "lower launcher.prep.tasks or wait for your other jobs; `sacctmgr show qos` lists the limits",
     "time limit": "lower launcher.minutes; `sinfo` shows the limit of each partition",
     "node count": "lower launcher.nodes; `sinfo` shows the size of each partition",
     "processors": "lower launcher.nodes, ranks_per_node or cpus_per_rank: see `sinfo -N -l`",

@@ -67,6 +67,7 @@ EnforcePartLimits=ALL
 SlurmdTimeout=10
 KillWait=5
 MinJobAge=3600
+MaxArraySize=5
 JobRequeue=1
 ReturnToService=1
 AccountingStorageType=accounting_storage/slurmdbd

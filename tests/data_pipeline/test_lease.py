@@ -6,6 +6,8 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from data_pipeline.lease import SILENT_S, Lease, Owner, holder
 
 HOLD = """
@@ -56,6 +58,19 @@ def test_another_host_is_alive_as_long_as_it_gives_signs(tmp_path: Path) -> None
     os.utime(path, (0, path.lstat().st_mtime - SILENT_S - 1), follow_symlinks=False)
     assert holder(path) is None
     assert Lease.take(path) is not None
+
+
+def test_what_a_job_held_before_it_was_started_again_is_free_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.lease"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    path.symlink_to(json.dumps(asdict(replace(Owner.me(), host="elsewhere", space="s"))))
+    assert holder(path) is not None  # of this start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert holder(path) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert holder(path) is not None  # another job's, which may be at work
 
 
 def test_waiting_says_for_whom(tmp_path: Path) -> None:
