@@ -39,7 +39,7 @@ from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_lef
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.sources.token_files import TokenFiles
-from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, train
+from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, choose_encoder, train
 from data_pipeline.work import Done, Task, Unfinished, WorkError, work
 
 log = logging.getLogger("data-prep")
@@ -130,6 +130,7 @@ def make_tokenizer(preparation: Preparation) -> Tokenizer:
     tokenizer = Tokenizer.load(out / TOKENIZER)
     if tokenizer.sha256 != made["sha256"]:
         raise ConfigError(f"{out / TOKENIZER}: damaged or exchanged (sha256 differs from {TOKENIZER_MADE}); restore it")
+    log.info("encoder: %s", choose_encoder(tokenizer))
     return tokenizer
 
 
@@ -251,6 +252,7 @@ def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer
         validation=preparation.validation,
         format=_format(preparation, plan, tokenizer),
         tokenizer=preparation.out / TOKENIZER,
+        encoder=tokenizer.encoder,
         plan=plan,
         versions=_versions(),
     )
@@ -334,8 +336,15 @@ def _format(preparation: Preparation, plan: Plan, tokenizer: Tokenizer) -> Forma
 
 def _versions() -> dict[str, str]:
     """Of what shapes the text and the ids."""
-    libraries = ("resiliparse", "fastwarc", "ftfy", "tokenizers")
-    return {"unicode": unicodedata.unidata_version} | {name: importlib.metadata.version(name) for name in libraries}
+    libraries = ("resiliparse", "fastwarc", "ftfy", "tokenizers", "gigatoken")
+    return {"unicode": unicodedata.unidata_version} | {name: _version(name) for name in libraries}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 # --- seal -----------------------------------------------------------------------------------------------------------
@@ -347,7 +356,7 @@ def seal_corpus(job: Job) -> Manifest:
         if (manifest := _sealed(job.folder)) is not None:
             return manifest
         plan_hash = shards.file_hash(job.folder / PLAN)
-        slices, files, counts = [], {PLAN: plan_hash}, Totals()
+        slices, files, counts, encoders = [], {PLAN: plan_hash}, Totals(), set[str]()
         for slice in job.plan.slices:
             record, folder = job.record(slice), job.folder_of(slice)
             if record is None:
@@ -364,7 +373,8 @@ def seal_corpus(job: Job) -> Manifest:
                 files |= {f"slices/{slice.name}/{RECORD}": sealed.record_hash}
                 files |= {f"slices/{slice.name}/ids.npy": sealed.ids_hash}
             counts.add(record["counts"])
-        return seal(job.folder, job.format, _head(job, counts, files), slices)
+            encoders.add(record["encoder"])
+        return seal(job.folder, job.format, _head(job, counts, files, encoders), slices)
 
 
 def _sealed(folder: Path) -> Manifest | None:
@@ -376,13 +386,13 @@ def _sealed(folder: Path) -> Manifest | None:
     return manifest if manifest.head["files"].get(PLAN) == shards.file_hash(folder / PLAN) else None
 
 
-def _head(job: Job, counts: Totals, files: dict[str, str]) -> dict[str, Any]:
+def _head(job: Job, counts: Totals, files: dict[str, str], encoders: Iterable[str]) -> dict[str, Any]:
     return {
         "corpus": job.corpus,
         "config": job.plan.config,
         "tokenizer_sha256": job.plan.config["tokenizer"]["sha256"],
         "tokenizer": f"../{TOKENIZER}",  # from the corpus' folder
-        "encoder": f"tokenizers {job.versions['tokenizers']}",
+        "encoder": ", ".join(f"{name} {job.versions[name]}" for name in sorted(encoders)),
         "inputs": len({part.input.name for slice in job.plan.slices for part in slice.parts}),
         "slices": len(job.plan.slices),
         "counts": counts.as_json(),

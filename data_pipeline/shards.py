@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -159,19 +160,20 @@ class _StreamWriter:
         self.folder, self.format, self.split = folder, format, split
         self.pending = np.zeros(0, format.dtype)  # ids not yet in a block; its first id is the block's first
         self.begun = 0  # position of pending[0] in the stream
-        self.starts: list[tuple[int, int]] = []  # (ordinal, position) of documents from the one open at pending[0] on
-        self.rows: list[dict[str, Any]] = []  # sidecar rows of documents that begin at or after `shard_begun`
+        self.starts: deque[tuple[int, int]] = deque()  # (ordinal, position), from the document open at pending[0] on
+        self.rows: deque[SidecarRow] = deque()  # of documents that begin at or after `shard_begun`
         self.shard_begun = 0
         self.shard: _ShardWriter | None = None
         self.records: list[ShardRecord] = []
         self.queue: list[npt.NDArray[Any]] = []
         self.queued = 0
+        self.mark = np.array([format.end_of_text], np.uint32)
 
     def add(self, ordinal: int, document: Document, ids: npt.NDArray[Any]) -> None:
         position = self.begun + len(self.pending) + self.queued
         self.starts.append((ordinal, position))
         self.rows.append(_sidecar_row(ordinal, position, len(ids) + 1, document))
-        self.queue += [ids.astype(self.format.dtype), np.array([self.format.end_of_text], self.format.dtype)]
+        self.queue += [ids, self.mark]
         self.queued += len(ids) + 1
         if len(self.pending) + self.queued > self.format.block_tokens:
             self._cut()
@@ -188,14 +190,14 @@ class _StreamWriter:
     def _cut(self) -> None:
         """Write the full blocks that lie in pending + queue."""
         size = self.format.block_tokens
-        stream = np.concatenate([self.pending, *self.queue])
+        stream = np.concatenate([self.pending, *self.queue]).astype(self.format.dtype)
         self.queue, self.queued, taken = [], 0, 0
         while len(stream) - taken > size:
             self._write("tokens", stream[taken : taken + size + 1])
             taken += size
             self.begun += size
             while len(self.starts) > 1 and self.starts[1][1] <= self.begun:
-                self.starts.pop(0)
+                self.starts.popleft()
             assert self.shard is not None
             if self.shard.bytes + self.format.block_bytes > self.format.shard_bytes:
                 self._close_shard()
@@ -206,14 +208,16 @@ class _StreamWriter:
             self.shard = _ShardWriter(self.folder, f"{self.split}-{len(self.records):05d}", self.format)
             self.shard_begun = self.begun
         end = self.begun + self.format.block_tokens
-        docs = [(ordinal, position - self.begun) for ordinal, position in self.starts if position < end]
+        inside = itertools.takewhile(lambda start: start[1] < end, self.starts)
+        docs = [(ordinal, position - self.begun) for ordinal, position in inside]
         self.shard.write(member, ids, np.array(docs, "<i8").reshape(-1, 2))
 
     def _close_shard(self) -> None:
         """Close the open shard; its sidecar takes the documents that begin before the position reached."""
         assert self.shard is not None
-        mine = [row for row in self.rows if row["start"] < self.begun]
-        self.rows = self.rows[len(mine) :]
+        mine = []
+        while self.rows and self.rows[0].start < self.begun:
+            mine.append(self.rows.popleft())
         self.records.append(self.shard.close(self.split, self.begun - self.shard_begun, mine))
         self.shard = None
 
@@ -250,13 +254,14 @@ class _ShardWriter:
         self.index.append(row)
         self.tail_tokens = len(ids) if member == "tail" else 0
 
-    def close(self, split: Split, tokens: int, documents: list[dict[str, Any]]) -> ShardRecord:
+    def close(self, split: Split, tokens: int, documents: list[SidecarRow]) -> ShardRecord:
         self.tar.close()
         self.file.close_durably()
         index_bytes = _npy(np.array(self.index, self.format.index_dtype))
         write_durably(self.folder / f"{self.name}.index.npy", index_bytes)
         sidecar = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(documents, SIDECAR), sidecar, compression="zstd")
+        columns = [pa.array(column, field.type) for column, field in zip(_columns(documents), SIDECAR, strict=True)]
+        pq.write_table(pa.Table.from_arrays(columns, schema=SIDECAR), sidecar, compression="zstd")
         write_durably(self.folder / f"{self.name}.docs.parquet", sidecar.getvalue())
         return ShardRecord(
             name=self.name,
@@ -287,19 +292,37 @@ SIDECAR = pa.schema(
 )
 
 
-def _sidecar_row(ordinal: int, start: int, tokens: int, document: Document) -> dict[str, Any]:
-    meta = document.meta
-    return {
-        "ordinal": ordinal,
-        "start": start,
-        "tokens": tokens,
-        "id": document.id,
-        "uri": document.uri,
-        "source": document.source,
-        "input": meta.get("input"),
-        "offset": meta.get("offset"),
-        "language": meta.get("language"),
-    }
+class SidecarRow(NamedTuple):
+    """A document as the sidecar keeps it: SIDECAR's columns."""
+
+    ordinal: int
+    start: int
+    tokens: int
+    id: str
+    uri: str
+    source: str
+    input: Any
+    offset: Any
+    language: Any
+
+
+def _sidecar_row(ordinal: int, start: int, tokens: int, document: Document) -> SidecarRow:
+    meta = document.meta.get
+    return SidecarRow(
+        ordinal,
+        start,
+        tokens,
+        document.id,
+        document.uri,
+        document.source,
+        meta("input"),
+        meta("offset"),
+        meta("language"),
+    )
+
+
+def _columns(rows: Sequence[SidecarRow]) -> Sequence[Sequence[Any]]:
+    return list(zip(*rows, strict=True)) if rows else [()] * len(SIDECAR)
 
 
 @dataclass

@@ -7,12 +7,14 @@ any point, a slice is whole or absent. What a slice holds depends on its inputs 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from configs import Float, Int, Section
@@ -35,10 +37,14 @@ from data_pipeline.sources.inputs import (
     is_content_error,
     is_remote,
 )
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Encoder, Ids, Tokenizer
 
-BATCH_CHARS = 1_000_000  # encoded at once
-BATCH_DOCUMENTS = 256
+log = logging.getLogger("data-prep")
+
+BATCH_CHARS = 4_000_000  # encoded at once
+BATCH_DOCUMENTS = 4096
+PROVE_EVERY = 8  # batches, 32 MB of text: in each shard of the usual size some 15 samples
+PROVE_CHARS = 20_000  # the canonical encoder takes about 5 ms for so many
 POISON_LIMIT = 100  # documents of a slice that may raise whatever their share; beyond, at most a tenth may
 
 
@@ -70,6 +76,7 @@ class Job:
     validation: Validation
     format: Format
     tokenizer: Path
+    encoder: Encoder
     plan: Plan
     versions: dict[str, str]  # of the libraries that shape the text
 
@@ -125,23 +132,30 @@ def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool
 
 
 def _write(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
-    counts = Counts(gone=Dropped(folder))
+    try:
+        _write_with(job, slice, tokenizer, folder, tell)
+    except EncodersDiffer as difference:
+        log.warning("%s: slice %s: %s; it is made with tokenizers", job.corpus, slice.name, difference)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        tokenizer.use("tokenizers")
+        try:
+            _write_with(job, slice, tokenizer, folder, tell)
+        finally:
+            tokenizer.use(job.encoder)
+
+
+def _write_with(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell: Tell) -> None:
+    counts, hashes = Counts(gone=Dropped(folder)), list[str]()
     writer = SliceWriter(folder, job.format)
-    hashes: list[str] = []
-    batch: list[tuple[Document, Split]] = []
-    size = 0
+    encoding = _Encoding(tokenizer, writer, counts)
     for document in _documents(job, slice, counts, hashes, tell):
         if document.ids is not None:
             _take(document, job, tokenizer, writer, counts)
-            continue
-        batch.append((document, job.validation.split(document.text)))
-        size += len(document.text)
-        if size >= BATCH_CHARS or len(batch) >= BATCH_DOCUMENTS:
-            _encode(batch, tokenizer, writer, counts)
-            batch, size = [], 0
-    _encode(batch, tokenizer, writer, counts)
-    shards = writer.close()
-    record = _record(job, slice, counts, hashes, shards, counts.gone.close())
+        else:
+            encoding.add(document, job.validation.split(document.text))
+    encoding.flush()
+    record = _record(job, slice, counts, hashes, writer.close(), counts.gone.close()) | {"encoder": tokenizer.encoder}
     write_durably(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -208,7 +222,8 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
     if document.ids is not None:
         return document
     try:
-        document = replace(document, text=job.clean.text(document.text, counts.masked))
+        text = job.clean.text(document.text, counts.masked)
+        document = Document(text, document.id, document.source, document.uri, document.meta)
         document = job.filters.marked(document)
         reason = job.filters.reason(document)
     except BaseException as error:
@@ -230,19 +245,8 @@ def _drop(document: Document, reason: str, counts: Counts) -> None:
     counts.gone.add(document, reason)
 
 
-def _encode(batch: Sequence[tuple[Document, Split]], tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
-    texts = [document.text for document, _ in batch]
-    try:
-        encoded: Iterable[Any] = tokenizer.encode_batch(texts)
-    except BaseException as error:
-        if not is_content_error(error):
-            raise
-        encoded = (_encoded_alone(document, tokenizer, counts) for document, _ in batch)
-    for (document, split), ids in zip(batch, encoded, strict=True):
-        if ids is None:
-            continue
-        writer.add(document, ids, split)
-        counts.keep(document, split, len(ids))
+class EncodersDiffer(Exception):
+    """gigatoken gave other ids than tokenizers on a sample of a slice's own text."""
 
 
 def _take(document: Document, job: Job, tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
@@ -261,15 +265,59 @@ def _take(document: Document, job: Job, tokenizer: Tokenizer, writer: SliceWrite
     counts.keep(document, split, len(ids))
 
 
-def _encoded_alone(document: Document, tokenizer: Tokenizer, counts: Counts) -> Any | None:
-    try:
-        return tokenizer.encode_batch([document.text])[0]
-    except BaseException as error:
-        if not is_content_error(error):
-            raise
-        counts.cleaned_bytes -= text_bytes(document.text)
-        _poison(document, error, counts)
-        return None
+class _Encoding:
+    """Gathers documents, encodes them many at a time, and writes them."""
+
+    def __init__(self, tokenizer: Tokenizer, writer: SliceWriter, counts: Counts) -> None:
+        self.tokenizer, self.writer, self.counts = tokenizer, writer, counts
+        self.documents: list[tuple[Document, Split]] = []
+        self.characters = 0
+        self.batches = 0
+
+    def add(self, document: Document, split: Split) -> None:
+        self.documents.append((document, split))
+        self.characters += len(document.text)
+        if self.characters >= BATCH_CHARS or len(self.documents) >= BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        encoded = self._encoded([document.text for document, _ in self.documents])
+        for (document, split), ids in zip(self.documents, encoded, strict=True):
+            if ids is None:
+                continue
+            self.writer.add(document, ids, split)
+            self.counts.keep(document, split, len(ids))
+        self.documents, self.characters = [], 0
+
+    def _encoded(self, texts: Sequence[str]) -> Sequence[Ids | None]:
+        try:
+            encoded = self.tokenizer.encode_batch(texts)
+        except BaseException as error:
+            if not is_content_error(error):
+                raise
+            return [self._encoded_alone(document) for document, _ in self.documents]
+        if self.batches % PROVE_EVERY == 0:
+            self._prove(texts, encoded)
+        self.batches += 1
+        return encoded
+
+    def _encoded_alone(self, document: Document) -> Ids | None:
+        try:
+            return self.tokenizer.encode_batch([document.text])[0]
+        except BaseException as error:
+            if not is_content_error(error):
+                raise
+            self.counts.cleaned_bytes -= text_bytes(document.text)
+            _poison(document, error, self.counts)
+            return None
+
+    def _prove(self, texts: Sequence[str], encoded: Sequence[Ids]) -> None:
+        """Hold the batch's first document of a usual length to the canonical ids."""
+        if self.tokenizer.encoder == "tokenizers":
+            return
+        place = next((i for i, text in enumerate(texts) if 0 < len(text) <= PROVE_CHARS), None)
+        if place is not None and not np.array_equal(encoded[place], self.tokenizer.canonical_batch([texts[place]])[0]):
+            raise EncodersDiffer(f"gigatoken gives other ids than tokenizers for {self.documents[place][0].id}")
 
 
 def _poison(document: Document, error: BaseException, counts: Counts) -> None:

@@ -223,6 +223,7 @@ def _worker(pipe: Connection, jobs: Sequence[Job]) -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pipe.send(("idle",))
         tokenizer = Tokenizer.load(jobs[0].tokenizer)
+        tokenizer.use(jobs[0].encoder)
         while True:
             task: Task = pipe.recv()
             job = jobs[task.job]
