@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from data_pipeline.lease import Lease
 from data_pipeline.prepare import Preparation
 from data_pipeline.shards import Manifest
 from data_pipeline.slices import Validation, make_slice
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Ids, Tokenizer
 from data_pipeline.work import Done, Unfinished, WorkError
 from tests.data_pipeline.inputs import REAL, real, sentences, write_corpora
 
@@ -560,3 +560,28 @@ def test_the_real_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert books.documents_read == 1 and books.characters > 140_000
     assert all(2 < summary.characters_per_token < 4 for summary in (wiki, books))
     assert not [line for folder in prepare.folders(Path("out")) for line in prepare.verified(folder)]
+
+
+def test_a_slice_whose_text_the_fast_encoder_gets_wrong_is_made_with_the_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gigatoken that swaps two ids is found on the slice's own text, though it passed the proof."""
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    tokenizer = prepare.make_tokenizer(load())
+    job = prepare.make_job(load(), "crawl", tokenizer)
+    assert job.encoder == tokenizer.encoder == "gigatoken"
+    make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
+    right = contents(job.folder_of(job.plan.slices[0]))
+    shutil.rmtree(job.folder_of(job.plan.slices[0]))
+
+    encode = Tokenizer.encode_batch
+
+    def wrong(self: Tokenizer, texts: Sequence[str]) -> list[Ids]:
+        return encode(self, texts) if self.encoder == "tokenizers" else [ids[::-1] for ids in encode(self, texts)]
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", wrong)
+    make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
+    made = contents(job.folder_of(job.plan.slices[0]))
+    assert {name for name in right if made[name] != right[name]} == {"slice.json"}
+    assert json.loads(made["slice.json"])["encoder"] == "tokenizers" and tokenizer.encoder == "gigatoken"
+    assert "gigatoken gives other ids than tokenizers for" in caplog.text

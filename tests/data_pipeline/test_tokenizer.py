@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError
-from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, pieces, train
+from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, choose_encoder, pieces, probes, train
 from tests.data_pipeline.inputs import real, sentences
 
 TEXTS = [sentences(i, 30) for i in range(40)]
@@ -113,3 +114,46 @@ def test_gpt2s_own() -> None:
     hello, mark = tokenizer.encode_batch(["Hello world", END_OF_TEXT])
     assert hello.tolist() == [15496, 995]
     assert 50256 not in mark
+
+
+# --- the fast encoder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fast(trained: Tokenizer) -> Tokenizer:
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    tokenizer = Tokenizer.load(trained.path)
+    line = choose_encoder(tokenizer)
+    assert tokenizer.encoder == "gigatoken"
+    assert re.fullmatch(r"gigatoken \S+, proved equal to tokenizers \S+ on [\d,]+ characters", line)
+    return tokenizer
+
+
+@given(st.lists(st.text(max_size=200), max_size=5))
+@settings(max_examples=300)
+def test_both_encoders_give_the_same_ids(fast: Tokenizer, texts: list[str]) -> None:
+    assert fast.agrees(texts)
+
+
+def test_both_encoders_give_gpt2s_ids_of_real_books(tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    tokenizer = Tokenizer.load(real("tokenizer/gpt2-tokenizer.json"))
+    tokenizer.use("gigatoken")
+    texts = [path.read_text(encoding="utf-8", errors="replace")[:200_000] for path in real("books").glob("*.txt")]
+    assert len(texts) > 5 and tokenizer.agrees([*texts, *probes()])
+
+
+def test_the_fast_encoder_does_not_see_the_mark_either(fast: Tokenizer) -> None:
+    text = f"before {END_OF_TEXT} after"
+    (ids,) = fast.encode_batch([text])
+    assert fast.end_of_text not in ids and fast.decode(ids) == text
+
+
+def test_a_file_that_gigatoken_does_not_know_is_encoded_by_tokenizers(trained: Tokenizer, tmp_path: Path) -> None:
+    tree = json.loads(trained.path.read_text())
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 2}
+    (tmp_path / "other.json").write_text(json.dumps(tree))
+    tokenizer = Tokenizer.load(tmp_path / "other.json")
+    line = choose_encoder(tokenizer)
+    assert tokenizer.encoder == "tokenizers" and line.startswith("tokenizers ")
+    assert "gigatoken cannot read it" in line or "gigatoken gives other ids" in line
