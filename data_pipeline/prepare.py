@@ -47,7 +47,7 @@ log = logging.getLogger("data-prep")
 TOKENIZER = "tokenizer.json"
 TOKENIZER_MADE = "tokenizer.made.json"
 TOKENIZER_READ = 8  # a sample is taken from at most this many times its size of text
-NOT_IDENTITY = {"paths", "on_damage"}  # of a source: where it lies, and what stops the work, change no byte
+NOT_IDENTITY = {"paths", "base", "on_damage"}  # of a source: where it lies, and what stops the work, change no byte
 
 
 class Preparation(Section):

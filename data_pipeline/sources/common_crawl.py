@@ -32,17 +32,20 @@ PAGES = ("text/html", "application/xhtml+xml")
 
 
 class CommonCrawl(Section):
-    """WARC or WET files: files, folders or patterns of `.warc.gz`, `.warc.wet.gz`, `.warc`, `.wet`."""
+    """WARC or WET files, packed or not: files, folders, patterns, addresses or lists (`warc.paths.gz`) of them."""
 
     kind: Literal["common_crawl"] = "common_crawl"
     paths: list[str]
+    base: str = "https://data.commoncrawl.org/"  # what names in a list are relative to: an address or a folder
     on_damage: OnDamage = "skip"
 
     version: ClassVar[int] = 1  # raised when the same file would give other text
 
     def inputs(self) -> list[Input]:
         """The files, sorted by name. Raises ConfigError where a path leads to none."""
-        return find_inputs(self.paths, (".warc.gz", ".warc.wet.gz", ".wet.gz", ".warc", ".wet"))
+        return find_inputs(
+            self.paths, tuple(f".{kind}{pack}" for kind in ("warc", "wet") for pack in (".gz", ".zst", "")), self.base
+        )
 
     def can_split(self, input: Input) -> bool:
         """Whether ranges of its bytes can be read by themselves."""
@@ -50,7 +53,7 @@ class CommonCrawl(Section):
 
     def text_bytes(self, input: Input) -> float:
         """About how many bytes of text an input gives (Common Crawl's own files: a tenth of packed WARC, WET 2.5)."""
-        packed = input.name.endswith(".gz")
+        packed = input.name.endswith((".gz", ".zst"))
         if ".wet" in input.name:
             return input.bytes * (2.5 if packed else 0.95)
         return input.bytes * (0.3 if packed else 0.06)

@@ -415,6 +415,7 @@ class Content:
         self._members = members(reading)
         self._member: Member | None = None
         self._begun: deque[tuple[int, int]] = deque(maxlen=4096)  # (position, file offset) of recent members
+        self._plain_from: int | None = None  # the file offset of what is not packed
 
     def read(self, size: int = READ_BYTES) -> bytes:
         while True:
@@ -426,12 +427,13 @@ class Content:
             if self._member is None:
                 return b""
             self._begun.append((self.position, self._member.offset))
+            self._plain_from = self._member.offset if self._member.packing is None else None
 
     def offset(self, position: int) -> int:
         """The byte of the file where the content at `position` lies; in a packed file, where its member begins."""
-        begin, offset = next((pair for pair in reversed(self._begun) if pair[0] <= position), (position, 0))
-        packed = self._member is not None and self._member.packing is not None
-        return offset if packed else offset + position - begin
+        if self._plain_from is not None:
+            return self._plain_from + position
+        return next((offset for begin, offset in reversed(self._begun) if begin <= position), 0)
 
 
 class Readable(Protocol):
@@ -440,19 +442,24 @@ class Readable(Protocol):
 
 def lines(stream: Readable, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[tuple[int, bytes | None]]:
     """(position, line without its newline) for each line; None for one of more than `limit` bytes."""
-    position, begun, pending, lost = 0, [b""], 0, 0  # begun: pieces of the current line, `pending` bytes together
+    position, begun, pending, lost = 0, list[bytes](), 0, 0  # begun: pieces of the open line, `pending` bytes together
     while data := stream.read(READ_BYTES):
-        first, *whole = data.split(b"\n")
-        begun.append(first)
-        pending += len(first)
-        if whole:
-            yield position, None if lost or pending > limit else b"".join(begun)
-            position += lost + pending + 1
-            for line in whole[:-1]:
-                yield position, line if len(line) <= limit else None
-                position += len(line) + 1
-            begun, pending, lost = [whole[-1]], len(whole[-1]), 0
-        if lost or pending > limit:  # lost: bytes of the current line that were let go
+        at = 0
+        while (end := data.find(b"\n", at)) >= 0:  # split() would look at byte after byte
+            if begun or lost:
+                begun.append(data[:end])
+                pending += end
+                yield position, None if lost or pending > limit else b"".join(begun)
+                position += lost + pending + 1
+                begun, pending, lost = [], 0, 0
+            else:
+                yield position, data[at:end] if end - at <= limit else None
+                position += end - at + 1
+            at = end + 1
+        if at < len(data):
+            begun.append(data[at:])
+            pending += len(data) - at
+        if lost or pending > limit:  # lost: bytes of the open line that were let go
             lost += pending
             begun, pending = [], 0
     if pending or lost:

@@ -2,14 +2,17 @@ import bz2
 import gzip
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from configs import ConfigError
+from data_pipeline.plan import cut
 from data_pipeline.sources.inputs import (
     Content,
     Damage,
+    Input,
     Part,
     Reading,
     decoded,
@@ -19,6 +22,7 @@ from data_pipeline.sources.inputs import (
     lines,
     members,
     texts,
+    zstd,
 )
 
 
@@ -66,7 +70,7 @@ def test_control_characters_in_a_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 10**6])
-@pytest.mark.parametrize("kind", ["plain", "gz", "gz members", "gz padded", "bz2", "bz2 members"])
+@pytest.mark.parametrize("kind", ["plain", "gz", "gz members", "gz padded", "bz2", "bz2 members", "zst", "zst members"])
 def test_content_is_the_same_however_it_is_packed(tmp_path: Path, kind: str, size: int) -> None:
     data = b"".join(b"line %d\n" % i for i in range(3000))
     packed = {
@@ -75,6 +79,8 @@ def test_content_is_the_same_however_it_is_packed(tmp_path: Path, kind: str, siz
         "gz members": gzip.compress(data[:5000]) + gzip.compress(b"") + gzip.compress(data[5000:]),
         "gz padded": gzip.compress(data) + b"\0" * 300,
         "bz2": bz2.compress(data),
+        "zst": zstd.compress(data),
+        "zst members": zstd.compress(data[:5000]) + b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd.compress(data[5000:]),
         "bz2 members": bz2.compress(data[:5000]) + bz2.compress(data[5000:]),
     }[kind]
     path = tmp_path / ("x" if kind == "plain" else f"x.{kind[:3].strip()}")
@@ -82,13 +88,13 @@ def test_content_is_the_same_however_it_is_packed(tmp_path: Path, kind: str, siz
     assert content(path, size) == data
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress])
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, zstd.compress])
 def test_every_cut_of_a_packed_file_is_damage_after_what_comes_before(tmp_path: Path, compress: object) -> None:
     assert callable(compress)
     first, second = compress(b"first " * 50), compress(b"second " * 50)
-    for cut in range(len(first) + 1, len(first) + len(second)):
+    for end in range(len(first) + 1, len(first) + len(second)):
         path = tmp_path / "x"
-        path.write_bytes((first + second)[:cut])
+        path.write_bytes((first + second)[:end])
         got = b""
         with Reading(Part(describe(str(path))), "c") as reading, pytest.raises(Damage) as damage:
             stream = Content(reading)
@@ -167,3 +173,82 @@ def test_what_lies_in_a_document_and_what_in_the_machine() -> None:
     assert is_content_error(ValueError()) and is_content_error(RecursionError()) and is_content_error(OSError("brotli"))
     assert not is_content_error(OSError(28, "no space")) and not is_content_error(MemoryError())
     assert not is_content_error(KeyboardInterrupt())
+
+
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["warc.paths", "warc.paths.gz", "warc.paths.zst"])
+def test_a_list_names_inputs_below_its_base(tmp_path: Path, name: str) -> None:
+    data = b"crawl/b.warc.gz\r\ncrawl/a.warc.gz\n\n"
+    pack: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd.compress}
+    list_ = tmp_path / name
+    list_.write_bytes(pack.get(list_.suffix, bytes)(data))
+    base = "https://data.example.org/"
+    assert find_inputs([str(list_)], (".warc.gz",), base) == [
+        Input(f"https://data.example.org/crawl/{x}.warc.gz", None, None) for x in "ab"
+    ]
+    with pytest.raises(ConfigError, match=r"warc\.paths\S*: names .*/crawl/b\.warc\.gz: No such file or directory"):
+        find_inputs([str(list_)], (".warc.gz",), str(tmp_path))
+    (tmp_path / "crawl").mkdir()
+    for x in "ab":
+        (tmp_path / f"crawl/{x}.warc.gz").write_bytes(b"123")
+    for base_ in (str(tmp_path), None):
+        found = find_inputs([str(list_)], (".warc.gz",), base_)
+        assert [(i.name, i.size) for i in found] == [(f"{tmp_path}/crawl/{x}.warc.gz", 3) for x in "ab"]
+
+
+@pytest.mark.parametrize(
+    "evil",
+    ["pipe:touch canary", "-", "../../x", "a/../../x", "/etc/passwd", "a/..", "http://169.254.169.254/x", "a\x1b[31m",
+     "a\\b", "file:///etc/passwd", "a?b", "|touch canary", "..", "x" * 9 + "\x00"],
+)  # fmt: skip
+def test_a_list_cannot_name_what_does_not_lie_below_its_base(tmp_path: Path, evil: str) -> None:
+    list_ = tmp_path / "evil.paths"
+    list_.write_text(f"good.txt\n{evil}\n")
+    with pytest.raises(ConfigError) as error:
+        find_inputs([str(list_)], (".txt", "x", "wd", "b", ".."), "https://data.example.org/")
+    said = str(error.value)
+    if "touch" in evil and "|" in evil:
+        assert "not a kind of file" in said
+    else:
+        expected = f"paths: {list_}: line 2: expected a name below https://data.example.org, got {evil!r}"
+        assert said == expected
+    assert not (tmp_path / "canary").exists() and "\x1b" not in said and "\n" not in said
+
+
+def test_an_empty_list_and_a_damaged_one_are_told(tmp_path: Path) -> None:
+    list_ = tmp_path / "a.paths"
+    list_.write_text("\n\n")
+    with pytest.raises(ConfigError, match=r"a\.paths: an empty list"):
+        find_inputs([str(list_)], (".txt",))
+    packed = tmp_path / "a.paths.gz"
+    packed.write_bytes(gzip.compress(b"a.txt\n" * 100)[:-9])
+    with pytest.raises(ConfigError, match=r"a\.paths\.gz: byte 0: the file ends inside this gzip member"):
+        find_inputs([str(packed)], (".txt",))
+
+
+def test_a_hundred_thousand_listed_inputs_are_found_in_seconds(tmp_path: Path) -> None:
+    list_ = tmp_path / "warc.paths.gz"
+    list_.write_bytes(
+        gzip.compress(b"".join(b"crawl-data/CC/segments/%d/warc/%d.warc.gz\n" % (i, i) for i in range(10**5)))
+    )
+    inputs = find_inputs([str(list_)], (".warc.gz",), "https://data.commoncrawl.org/")  # no request is made
+    slices = cut(inputs, lambda input: True, 256 * 2**20, 0, 0)
+    assert len(inputs) == len(slices) == 10**5 and slices[7].parts == (Part(inputs[7]),)
+    assert slices[7].bytes == 2**30
+
+
+def test_zstd_is_held_to_a_window(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(
+        zstd.compress(
+            b"x" * 100,
+            options={zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.content_size_flag: 0},
+        )
+    )
+    large = bytearray(path.read_bytes())
+    large[5] = 0xA8  # the window's descriptor: 2 GiB
+    path.write_bytes(large)
+    with pytest.raises(Damage, match="not valid zstd"):
+        content(path)
