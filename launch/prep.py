@@ -24,7 +24,7 @@ import configs
 from configs import ConfigError
 from data_pipeline.prepare import Preparation, stage_widths
 from data_pipeline.progress import duration, size
-from data_pipeline.standing import speed, standing
+from data_pipeline.standing import Standing, speed, standing
 from launch import queue
 from launch.job import CODE, JOBS, LaunchError, log, new_folder, next_folder, snapshot
 from launch.slurm import Slurm, SlurmError
@@ -175,8 +175,16 @@ def look(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "corpora": [{key: value for key, value in asdict(s).items() if not key.startswith("recent")} for s in corpora],
         "bytes_per_s": rate,
         "eta_s": left_s,
-        "notes": [problem] if problem else [],
+        "notes": [*_words_of_plan(folder, corpora), *([problem] if problem else [])],
     }
+
+
+def _words_of_plan(folder: Path | None, corpora: Sequence[Standing]) -> list[str]:
+    """Why there is no plan, where its job has ended without."""
+    if folder is None or all(corpus.state != "not planned" for corpus in corpora):
+        return []
+    said = [line for log in sorted(folder.glob("plan-*.log")) for line in log.read_text().splitlines()]
+    return [line for line in said if line.startswith("data-prep: ")]
 
 
 def lines(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -22,6 +22,7 @@ if [ $code -gt 128 ]; then
     ended=$?
     [ $ended = 127 ] || code=$ended
 fi
+if [ "$stem" = seal ] && [ $code != 0 ]; then grep -h '^data-prep: ' "$submission"/plan-*.log; fi # what it began with
 say "exit $code"
 if [ "$late" ] && [ $code = 3 ] && [ "$restart" = requeue ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code

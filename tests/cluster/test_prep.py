@@ -144,7 +144,7 @@ def test_a_node_lost_in_mid_work(cluster: Cluster, here: Path, made: Path) -> No
 
 def test_what_failed_is_said_at_the_end(cluster: Cluster, here: Path) -> None:
     (here / "texts" / "7.txt.gz").write_bytes(b"not gzip")
-    jobs = submit(here, 1, "corpora.texts.paths=[texts/7.txt.gz]", "corpora.rows.paths=[texts/0.txt]")
+    jobs = submit(here, 1, "corpora.texts.paths=[texts/7.txt.gz]", "corpora.rows.paths=[texts/*.txt]")
     assert cluster.wait(jobs["seal"][0], ENDED) == "FAILED"
     log = here / "out/submissions/1" / f"slices-{jobs['slices'][0]}.log"
     why = "texts: texts/7.txt.gz: damaged at byte 0: not a gzip file; get the file again, or set on_damage: skip"
@@ -152,7 +152,16 @@ def test_what_failed_is_said_at_the_end(cluster: Cluster, here: Path) -> None:
     assert f"{why} to keep what comes before (on n1, log {log})\n" in said
     assert "data-prep: 1 slices failed; 1 are missing, and the same command makes them\n" in said
     assert why in log.read_text()
-    assert len(slices(here)) == 1  # all others
+    assert len(slices(here)) == len(json.loads((here / "out/rows/plan.json").read_text())["slices"])  # all others
+
+
+def test_a_plan_that_cannot_be_made_is_said_at_the_end(cluster: Cluster, here: Path) -> None:
+    jobs = submit(here, 3, "corpora.texts.paths=[nowhere]")
+    assert cluster.wait(jobs["seal"][0], ENDED) == "FAILED"
+    why = f"data-prep: corpora.texts.paths: no file matches 'nowhere' (looked from {here})"
+    assert why in logs(here, "seal").splitlines()
+    assert status(here)["notes"] == [why]
+    assert cluster.run(f"squeue --noheader --jobs={jobs['slices'][0]}") == ""  # nothing waits for what never comes
 
 
 def test_refused(cluster: Cluster, here: Path) -> None:
