@@ -36,7 +36,17 @@ from data_pipeline.sources.inputs import (
     find_inputs,
 )
 
-CLOSING_SECTIONS = ["references", "external links", "see also", "further reading", "notes", "bibliography", "sources"]
+CLOSING_SECTIONS = [  # that hold links and sources, in the larger Wikipedias' languages
+    "references", "external links", "see also", "further reading", "notes", "bibliography", "sources", "citations",
+    "footnotes", "notes and references", "references and notes", "works cited",
+    "einzelnachweise", "weblinks", "literatur", "siehe auch", "anmerkungen", "quellen",
+    "références", "notes et références", "liens externes", "voir aussi", "bibliographie", "articles connexes",
+    "referencias", "enlaces externos", "véase también", "bibliografía", "notas", "note", "collegamenti esterni",
+    "voci correlate", "altri progetti", "bibliografia", "referências", "ligações externas", "ver também",
+    "примечания", "ссылки", "литература", "см. также", "przypisy", "linki zewnętrzne", "zobacz też", "bronnen",
+    "externe links", "zie ook", "脚注", "注釈", "出典", "外部リンク", "関連項目", "参考文献", "参考资料", "外部链接",
+    "参见", "參考資料", "外部連結", "參見",
+]  # fmt: skip
 
 
 class Wikipedia(Section):
@@ -277,27 +287,32 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
     stay as text. (mwparserfromhell builds a tree of Python objects at 1 MB/s; this takes a fraction of that.)
     """
     verbatim = Verbatim()
-    text = _COMMENT.sub("", wikitext.replace("\0", ""))
+    text = _COMMENT.sub("", _RESERVED.sub("", wikitext))
     text = _fold_tags(text, verbatim)
     text = _without_tables(text)
-    text = _EXTERNAL_LINK.sub(lambda m: m["label"] or "", text)
+    text = _EXTERNAL_LINK.sub(lambda m: m["label"] or GAP, text)
     text = _fold_brackets(text, file_prefixes, verbatim)
+    text = _VARIANT.sub(_variant, text)
+    text = _without_gaps(text)
     text = _BREAK_TAG.sub("\n", text)
     text = _ITEM_TAG.sub("\n* ", text)
     text = _TAG.sub("", text)
     text = _QUOTES.sub("", text)
     text = _MAGIC_WORD.sub("", text)
+    text = _RAISED.sub(_raised, _STACKED.sub(r" \1/\2", text))
     text = html.unescape(text)
-    for hollow, instead in _HOLLOWS:
-        text = hollow.sub(instead, text)
+    for wrong, right in _TYPESETTING:
+        text = wrong.sub(right, text)
     return verbatim.restore(_without_hollow_sections(_lines(text), leave_out)).strip()
 
 
+GAP = "\1"  # stands where something was left out, until it is clear what to do with the space around it
+_RESERVED = re.compile(r"[\0\1]")  # ours; XML cannot hold them
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_VERBATIM = ["nowiki", "math", "chem", "pre", "syntaxhighlight", "source"]
+_VERBATIM = ["nowiki", "math", "chem", "ce", "pre", "syntaxhighlight", "source"]
 _LEFT_OUT = (
     "ref|references|gallery|timeline|imagemap|score|graph|mapframe|maplink|hiero|inputbox|categorytree|templatestyles"
-    "|section"
+    "|section|includeonly|indicator|templatedata"
 )
 _BLOCK_TAG = re.compile(
     rf"<(?P<close>/?)(?P<name>{'|'.join(_VERBATIM)}|{_LEFT_OUT})\b[^<>]*?(?P<alone>/?)>", re.IGNORECASE
@@ -309,16 +324,83 @@ _BREAK_TAG = re.compile(
     r"<(?:br|hr|/?p|/?div|/?blockquote|/?center|/?poem|/?[ou]l|/?dl|/dd|/dt)\b[^<>]*>", re.IGNORECASE
 )
 _ITEM_TAG = re.compile(r"<(?:li|dd|dt)\b[^<>]*>", re.IGNORECASE)
-_TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
+_TAG = re.compile(r"</?(?!su[bp]\b)[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
 _QUOTES = re.compile(r"'{2,}")
-_MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
-_HOLLOWS = [  # what templates without text leave in their sentence
-    (re.compile(r"\([ \xa0]*(?:(?:[;,:/]|or|and)[ \xa0]+)*"), "("),
-    (re.compile(r"(?<![ \xa0;,])[ \xa0;,]++\)"), ")"),
-    (re.compile(r"[ \xa0]?\(\)"), ""),
-    (re.compile(r"(?<![ \xa0])[ \xa0]++(?=[,.](?:\s|$))"), ""),
+_MAGIC_WORD = re.compile(r"__[^\W\da-z]{3,40}?__")
+_TYPESETTING = [  # of many authors; a gap may have left some
     (re.compile(r"(?<=\S)[ \t]{2,}"), " "),
+    (re.compile(r"(?<![ \xa0])[ \xa0]++(?=[,.](?:\s|$)|\))"), ""),
+    (re.compile(r"\([ \xa0]++"), "("),
 ]
+
+
+def _without_gaps(text: str) -> str:
+    """Close the gaps that templates without text, files and references left: in "( , x)", in "word ." and the like."""
+    pieces = re.sub(f"{GAP}(?:[ \xa0]*+{GAP})++", GAP, text).split(GAP)
+    whole = pieces[:1]
+    for right in pieces[1:]:
+        left, next = whole[-1], right.lstrip(" \xa0")
+        after = next.lstrip(" \xa0;,:")
+        if left.rstrip(" \xa0;,:/").endswith("("):
+            left = left.rstrip(" \xa0;,:/")
+            right = re.sub(r"^[ \xa0;,:/]*+(?:(?:or|and)[ \xa0]+)?", "", right)
+            if right.startswith(")"):
+                left, right = left[:-1].rstrip(" \xa0"), right[1:]
+        elif after.startswith(")"):
+            left, right = left.rstrip(" \xa0;,:"), after
+        elif next[:1] in {",", ".", ";", ":", "!", "?"} and left.strip():
+            left, right = left.rstrip(" \xa0"), next
+            if next[0] == "," and left.endswith(","):
+                right = next[1:]
+        elif left[-1:] in {"", " ", "\xa0", "\n"}:
+            right = next
+        whole[-1] = left
+        if right:  # else this gap and the next are one
+            whole.append(right)
+    return "".join(whole)
+
+
+_VARIANT = re.compile(r"-\{([^{}]*)\}-")
+_VARIANT_OF = re.compile(r"\s*([a-z]{2,3}(?:-[a-z]+)*)\s*:(?!//)\s*(.*)", re.DOTALL)
+
+
+def _variant(match: re.Match[str]) -> str:
+    """-{zh-hans:x;zh-hant:y}-: of a text in several scripts the first, or the simplified one.
+
+    https://www.mediawiki.org/wiki/Writing_systems/Syntax
+    """
+    flags, bar, text = match[1].rpartition("|")
+    if bar and set(flags.upper().replace(" ", "")) & set("HT-"):
+        return ""
+    found = [_VARIANT_OF.fullmatch(rule) for rule in text.split(";") if rule.strip()]
+    texts = {rule[1]: rule[2].strip() for rule in found if rule is not None}
+    if not texts or None in found:
+        return text
+    return next((texts[code] for code in ("zh-hans", "zh-cn") if code in texts), next(iter(texts.values())))
+
+
+_STACKED = re.compile(r"(?<=\d)<sup>(\d+)</sup>[/⁄]<sub>(\d+)</sub>", re.IGNORECASE)  # 1¾
+_RAISED = re.compile(r"<(su[bp])\b[^<>]*>([^<>]*)</\1\s*>|</?su[bp]\b[^<>]*>", re.IGNORECASE)
+
+
+def _raised(match: re.Match[str]) -> str:
+    """Raised and lowered text: km², 10^24, x^{n+1}; H2O, v_max, C_{2n}; 1st."""
+    text = html.unescape(match[2] or "").strip()
+    before = match.string[match.start() - 1] if match.start() else " "
+    if not text or text.startswith("["):  # a note's mark
+        return ""
+    if match[1].lower() == "sup":
+        if text in ("2", "3") and before not in " \n(":
+            return "²³"[text == "3"]
+        is_word = text.isalpha() and (len(text) > 1 or (before.isdigit() and text in "eaoéº"))
+        if is_word or not (before.isalnum() or before in ")]}'’|>") or not any(map(str.isalnum, text)):
+            return text
+        mark = "^"
+    else:
+        if re.fullmatch(r"\d*(?:\([a-z ]+\))?", text) and not before.isdigit():  # H2O(l)
+            return text
+        mark = "_"
+    return mark + (text if re.fullmatch(r"[+−-]?(?:[\d.]+|[^\W\d]\w*)[+−-]?", text) else f"{{{text}}}")
 
 
 @dataclass
@@ -332,8 +414,9 @@ class Verbatim:
         return f"\0{len(self.texts) - 1}\0"
 
     def keep_tag(self, name: str, inner: str) -> str:
-        if name in ("math", "chem"):
+        if name in ("math", "chem", "ce"):
             inner = " ".join(inner.split())
+            inner = f"${inner}$" if inner and name == "math" else inner
         elif name != "nowiki":
             inner = inner.strip("\n")
         return self.keep(html.unescape(inner)) if inner else ""
@@ -356,8 +439,10 @@ def _fold_tags(text: str, verbatim: Verbatim) -> str:
             kept.append(text[end : tag.start()])
             end = tag.end()
             opened = "" if tag["alone"] else name
+            if tag["alone"]:
+                kept.append(GAP)
         elif tag["close"] and name == opened:
-            kept.append(verbatim.keep_tag(name, text[end : tag.start()]) if name in _VERBATIM else "")
+            kept.append(verbatim.keep_tag(name, text[end : tag.start()]) if name in _VERBATIM else GAP)
             end, opened = tag.end(), ""
     return "".join([*kept, text[end:]])
 
@@ -405,20 +490,24 @@ def _fold_brackets(text: str, file_prefixes: frozenset[str], verbatim: Verbatim)
                 opened[bracket] -= 1
                 inner.append(pieces)
             whole = "".join(itertools.chain(*reversed(inner)))
-            stack[-1][1].append(_template(whole, verbatim) if opening == "{{" else _link(whole, file_prefixes))
+            stack[-1][1].append((_template(whole, verbatim) or GAP) if opening == "{{" else _link(whole, file_prefixes))
         else:
             stack[-1][1].append(piece)
     return "".join(piece for _, pieces in stack for piece in pieces)
 
 
 _LANGUAGE_PREFIX = re.compile(r"[a-z]{2,3}(?:-[a-z]+)*:|simple:")
+_FILE = re.compile(  # under any name of the File namespace, of which dumps list only one
+    r"[^:|]+:[^|]+\.(?:jpe?g|png|svg|gif|tiff?|webp|og[agv]|webm|mp3|wav|flac|opus|mid|pdf|djvu|stl)", re.IGNORECASE
+)
 
 
 def _link(inner: str, file_prefixes: frozenset[str]) -> str:
     target, pipe, label = inner.partition("|")
     target = target.strip()
-    if target.partition(":")[0].strip().lower() in file_prefixes or _LANGUAGE_PREFIX.match(target):
-        return ""
+    prefix = target.partition(":")[0].strip().lower()
+    if prefix in file_prefixes or _LANGUAGE_PREFIX.match(target) or _FILE.fullmatch(target):
+        return GAP
     if pipe and label.strip():
         return label
     target = target.lstrip(":#")
@@ -431,7 +520,7 @@ def _template(inner: str, verbatim: Verbatim) -> str:
     name = re.sub(r"[\s_]+", " ", name).strip().lower()
     if name in _SYMBOLS:
         return verbatim.keep(_SYMBOLS[name])
-    if name.startswith("lang-"):
+    if name.startswith(("lang-", "script/")) and name not in _TEMPLATES:
         name = "lang-xx"
     render = _TEMPLATES.get(name)
     if render is None:
@@ -441,13 +530,15 @@ def _template(inner: str, verbatim: Verbatim) -> str:
     for argument in rest.split("|"):
         key, equals, value = argument.partition("=")
         if equals and re.fullmatch(r"\s*[\w -]{1,20}\s*", key):
-            named[key.strip().lower()] = value.strip()
+            named[key.strip().lower()] = value.strip(_BLANK)
         else:
-            positional.append(argument.strip())
+            positional.append(argument.strip(_BLANK))
     numbered = itertools.takewhile(lambda n: str(n) in named, itertools.count(len(positional) + 1))
     positional += [named[str(n)] for n in numbered]
     return render(positional, named)
 
+
+_BLANK = " \t\n\xa0" + GAP
 
 Render = Callable[[list[str], dict[str, str]], str]
 
@@ -460,18 +551,72 @@ def _joined(separator: str) -> Render:
     return lambda args, named: separator.join(filter(None, args))
 
 
+_NUMBER = re.compile(r"[-−+]?[\d.,/+⁄ e]+")
+_RANGES = {
+    "-": "–", "–": "–", "to": " to ", "to(-)": " to ", "and": " and ", "or": " or ", "x": " × ", "by": " by ",
+    "+/-": " ± ", "±": " ± ",
+}  # fmt: skip
+_SMALLER_UNIT = {"mi": "yd", "yd": "ft", "ft": "in", "foot": "in", "st": "lb", "lb": "oz"}
+_UNITS = {
+    "C": "°C", "F": "°F", "sqmi": "sq mi", "sqft": "sq ft", "cuft": "cu ft", "km2": "km²", "m2": "m²", "cm2": "cm²",
+    "km3": "km³", "m3": "m³", "cm3": "cm³", "kph": "km/h", "ft2": "sq ft", "mi2": "sq mi",
+}  # fmt: skip
+
+
 def _convert(args: list[str], named: dict[str, str]) -> str:
-    """{{convert|5|to|8|km|mi}}: the numbers and the first unit, as written."""
-    ranges = {"-": "–", "–": "–", "to": " to ", "and": " and ", "or": " or ", "x": " × ", "by": " by ", "+/-": " ± "}
+    """{{convert|5|to|8|km|mi}}, {{convert|6|ft|2|in|m}}: the numbers and their units, as written."""
+    text, unit = "", ""
+    for i, arg in enumerate(args):
+        if unit:
+            if not _NUMBER.fullmatch(arg) or args[i + 1 : i + 2] != [_SMALLER_UNIT.get(unit)]:
+                break
+            text, unit = f"{text} {arg}", ""
+        elif _NUMBER.fullmatch(arg):
+            text += arg
+        elif arg in _RANGES and text:
+            text += _RANGES[arg]
+        elif text:
+            text, unit = f"{text} {_UNITS.get(arg, arg)}", arg
+        else:
+            break
+    return text
+
+
+def _val(args: list[str], named: dict[str, str]) -> str:
+    """{{val|5.0|0.1|e=3|u=km|up=s}}: 5.0 ± 0.1 × 10^3 km/s."""
+    text = named.get("p", "") + "".join(args[:1])
+    for before, arg in itertools.pairwise(args):
+        text += _RANGES.get(arg) or (arg if before in _RANGES else f" ± {arg}")
+    text += f" × 10^{named['e']}" if named.get("e") else ""
+    unit, per = (named.get(key) or named.get(f"{key}l") or "" for key in ("u", "up"))
+    return text + (f" {unit}" if unit else "") + (f"/{per}" if per else "") + named.get("s", "")
+
+
+def _chem(args: list[str], named: dict[str, str]) -> str:
+    """{{chem|SO|4|2-}}: elements, how many of each, charges."""
     text = ""
     for arg in args:
-        if re.fullmatch(r"[-−+]?[\d.,/+⁄ e]+", arg):
+        if re.match(r"[A-Z(\[]", arg):
             text += arg
-        elif arg in ranges and text:
-            text += ranges[arg]
-        else:
-            return f"{text} {arg}" if text else ""
+        elif arg:
+            text += f"<sup>{arg}</sup>" if re.fullmatch(r"\d*[-+−]", arg) else f"<sub>{arg}</sub>"
     return text
+
+
+def _cited(args: list[str], named: dict[str, str]) -> str:
+    """{{harvtxt|Knuth|Plass|1981}}: a source that is named in a sentence."""
+    years = [arg for arg in args if re.fullmatch(r"(?:c\. )?\d{3,4}[a-z]?", arg)]
+    return " & ".join(arg for arg in args if arg not in years) + (f" ({', '.join(years)})" if years else "")
+
+
+def _height(args: list[str], named: dict[str, str]) -> str:
+    return " ".join(f"{named[unit]} {unit}" for unit in ("m", "cm", "ft", "in") if named.get(unit))
+
+
+def _names(args: list[str], named: dict[str, str]) -> str:
+    """Of {{zh}} and {{korean}}: the same word in several scripts."""
+    keys = ("c", "s", "t", "hangul", "hanja", "p", "rr", "mr", "w", "j", "l")
+    return ", ".join(dict.fromkeys([*filter(None, args), *(named[key] for key in keys if named.get(key))]))
 
 
 def _nihongo(args: list[str], named: dict[str, str]) -> str:
@@ -499,34 +644,76 @@ def _listed(args: list[str], named: dict[str, str]) -> str:
     return "\n" + "\n".join(f"* {arg}" for arg in args if arg) + "\n"
 
 
+def _around(before: str, after: str) -> Render:
+    return lambda args, named: f"{before}{args[0]}{after}" if args and args[0] else ""
+
+
 _FIRST = [  # templates that show their first argument
-    "nowrap", "nobr", "nobreak", "small", "smaller", "big", "large", "larger", "sc", "smallcaps", "angbr",
-    "angle bracket", "abbr", "tooltip", "ill", "interlanguage link", "val", "nts", "dts", "formatnum:", "ipa", "sub",
-    "sup", "vanchor", "visible anchor", "math", "mvar", "mono", "code", "em", "strong", "keypress", "key", "pre",
-    "xt", "mxt", "tq", "var", "strike", "center", "block indent", "nobold", "noitalic", "not a typo", "sic",
+    "nowrap", "nobr", "nobreak", "nowrap inline", "small", "smaller", "big", "large", "larger", "sc", "smallcaps",
+    "abbr", "tooltip", "ill", "interlanguage link", "link-interwiki", "nts", "dts", "formatnum:", "ipa",
+    "vanchor", "visible anchor", "math", "mvar", "mono", "code", "em", "strong", "keypress", "key", "pre", "kbd",
+    "xt", "mxt", "tq", "var", "strike", "center", "block indent", "nobold", "noitalic", "not a typo", "typo", "sic",
     "bibleverse", "linktext", "ship", "hms", "uss", "ss", "midsize", "resize", "longitem", "flatlist", "plainlist",
-    "flag", "flagcountry", "lang-xx", "poem",
+    "flag", "flagcountry", "flagu", "lang-xx", "poem", "unicode", "iast", "polytonic", "hebrew", "nastaliq", "arabic",
+    "greek", "serif", "gregorian serif", "underline", "overline", "italic", "bold", "columns-list", "cast listing",
+    "col-list", "text", "chem name", "chem2", "starttab", "strong", "sronly", "title case", "lc:", "uc:", "ucfirst:",
+    "lcfirst:", "proper name",
 ]  # fmt: skip
 _TEMPLATES: dict[str, Render] = {
     **dict.fromkeys(_FIRST, _at(0)),
-    **dict.fromkeys(["lang", "script", "color", "font color"], _at(1)),
-    **dict.fromkeys(["transl", "transliteration", "font", "colored link"], _at(-1)),
+    **dict.fromkeys(["lang", "langx", "script", "color", "font color", "rtl-lang", "wikt-lang", "native name"], _at(1)),
+    **dict.fromkeys(["transl", "transliteration", "tlit", "font", "colored link"], _at(-1)),
     **dict.fromkeys(["convert", "cvt"], _convert),
-    **dict.fromkeys(["quote", "quotation", "blockquote", "cquote", "quote box"], _quotation),
+    **dict.fromkeys(["quote", "quotation", "blockquote", "bquote", "cquote", "poemquote"], _quotation),
+    **dict.fromkeys(["quote box", "quotebox"], _quotation),
     **dict.fromkeys(["frac", "fraction", "sfrac"], _fraction),
-    **dict.fromkeys(["chem", "chem2", "gaps", "nuclide", "simplenuclide2"], _joined("")),
+    **dict.fromkeys(["nuclide", "nuclide2", "simplenuclide", "simplenuclide2"], _joined("-")),
     **dict.fromkeys(["hlist", "comma separated entries", "cslist"], _joined(", ")),
-    **dict.fromkeys(["unbulleted list", "ubl", "bulleted list", "plain list"], _listed),
-    **dict.fromkeys(["nihongo", "korean", "zh"], _nihongo),
+    **dict.fromkeys(["unbulleted list", "ubl", "bulleted list", "plain list", "ordered list"], _listed),
+    **dict.fromkeys(["zh", "lang-zh", "korean", "lang-ko"], _names),
     **dict.fromkeys(["circa", "c.", "ca."], lambda args, named: " ".join(["c.", *args[:1]])),
+    **dict.fromkeys(["floruit", "fl."], lambda args, named: "fl. " + "–".join(args[:2])),
     **dict.fromkeys(["as of", "asof"], _as_of),
-    "us$": lambda args, named: "US$" + "".join(args[:1]),
+    **dict.fromkeys(["harvtxt", "harvcoltxt", "sfnt", "citet"], _cited),
+    **dict.fromkeys(["angbr", "angle bracket", "angbr ipa", "vr"], _around("⟨", "⟩")),
+    **dict.fromkeys(["lit", "lit.", "literal translation", "literally"], _around("lit. '", "'")),
+    **dict.fromkeys(["sub", "su"], _around("<sub>", "</sub>")),
+    **dict.fromkeys(["us$", "usd"], _around("US$", "")),
+    **dict.fromkeys(["gbp", "£"], _around("£", "")),
+    **dict.fromkeys(["euro", "eur", "€"], _around("€", "")),
+    **dict.fromkeys(["jpy", "yen", "¥"], _around("¥", "")),
+    **dict.fromkeys(["inr", "indian rupee", "₹"], _around("₹", "")),
+    **dict.fromkeys(
+        ["railgauge", "track gauge"], lambda args, named: re.sub(r"(?<=\d)(?=[a-z])", " ", "".join(args[:1]))
+    ),
+    "a$": _around("A$", ""),
+    "c$": _around("C$", ""),
+    "nz$": _around("NZ$", ""),
+    "sup": _around("<sup>", "</sup>"),
+    "sqrt": _around("√(", ")"),
+    "radic": _around("√(", ")"),
+    "abs": _around("|", "|"),
+    "e": _around("×10<sup>", "</sup>"),
+    "gloss": _around("'", "'"),
+    "term": _around("\n; ", "\n"),
+    "defn": _around("\n: ", "\n"),
+    "nihongo": _nihongo,
+    "chem": _chem,
+    "val": _val,
+    "gaps": _joined(""),
+    "height": _height,
     "reign": _joined("–"),
+    "music": lambda args, named: {"flat": "♭", "b": "♭", "sharp": "♯", "#": "♯", "natural": "♮"}.get(
+        "".join(args[:1]), ""
+    ),
 }
 _SYMBOLS = {
     "!": "|", "=": "=", "'s": "'s", "'": "'", "(": "{", ")": "}", "((": "{{", "))": "}}", "times": "×", "minus": "−",
-    "nbsp": " ", "spaces": " ", "snd": " – ", "spnd": " – ", "spaced ndash": " – ", "ndash": "–", "–": "–",
-    "mdash": "—", "—": "—", "em dash": "—", "·": " · ", "•": " • ", "dot": " · ", "pi": "π", "degree": "°",
+    "nbsp": " ", "spaces": " ", "space": " ", "thinsp": " ", "thin space": " ", "hair space": " ", "hsp": " ",
+    "snd": " – ", "spnd": " – ", "spaced ndash": " – ", "spaced en dash": " – ", "ndash": "–", "en dash": "–", "–": "–",
+    "mdash": "—", "—": "—", "em dash": "—", "mdashb": "—", "snds": " – ", "·": " · ", "•": " • ", "bull": " • ",
+    "dot": " · ", "middot": " · ", "sdot": "⋅", "pi": "π", "mu": "μ", "degree": "°", "dagger": "†", "eqm": "⇌",
+    "double dagger": "‡", "ellipsis": "…", "...": "…", "' \"": "'\"", "\" '": "\"'", "'\"": "'\"", "\"'": "\"'",
 }  # fmt: skip
 
 
@@ -569,7 +756,11 @@ def _list_item(marks: str, text: str, counters: list[int]) -> str:
     if marks[-1] == "#":
         counters[-1] += 1
         return f"{indent}{counters[-1]}. {text}"
-    return f"{indent}- {text}" if marks[-1] == "*" else indent + text
+    if marks[-1] == "*":
+        return f"{indent}- {text}"
+    if marks[-1] == ";":  # ; term : its definition, on one line
+        text = re.sub(r"(?<=\S)\s+:\s+", ": ", text, count=1)
+    return (indent or "  " * (depth - 1)) + text
 
 
 def _without_hollow_sections(lines: Iterator[Line], leave_out: frozenset[str]) -> str:
