@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.document import Document
 from data_pipeline.dropped import Dropped, example_place
-from data_pipeline.filters import language
+from data_pipeline.language import language
 from data_pipeline.shards import Split
 
 SAMPLE = 1000  # documents per slice whose language is looked at where nothing before knew it

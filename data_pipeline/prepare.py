@@ -210,7 +210,7 @@ def identity(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> dic
         "corpus": corpus,
         "source": {**source.model_dump(mode="json", exclude=NOT_IDENTITY), "version": source.version},
         "clean": {**preparation.clean.model_dump(mode="json"), "version": preparation.clean.version},
-        "filters": {**preparation.filters.model_dump(mode="json"), "version": preparation.filters.version},
+        "filters": preparation.filters.identity(),
         "validation": preparation.validation.model_dump(mode="json"),
         "slice_bytes": preparation.slice_bytes,
         "shard_bytes": preparation.shard_bytes,

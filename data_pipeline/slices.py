@@ -224,8 +224,7 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
     try:
         text = job.clean.text(document.text, counts.masked)
         document = Document(text, document.id, document.source, document.uri, document.meta)
-        document = job.filters.marked(document)
-        reason = job.filters.reason(document)
+        document, reason = job.filters.judged(document)
     except BaseException as error:
         if not is_content_error(error):
             raise

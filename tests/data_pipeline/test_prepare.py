@@ -352,7 +352,7 @@ def _poison(where: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "clean":
         monkeypatch.setattr(Clean, "text", raising(Clean.text, lambda text: text))
     elif where == "filter":
-        monkeypatch.setattr(Filters, "reason", raising(Filters.reason, lambda document: document.text))
+        monkeypatch.setattr(Filters, "judged", raising(Filters.judged, lambda document: document.text))
     else:
         monkeypatch.setattr(Tokenizer, "encode_batch", raising(Tokenizer.encode_batch, lambda texts: " ".join(texts)))
 
