@@ -50,7 +50,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [f"__label__{code} {text}" for code, text in (("en", ENGLISH), ("de", GERMAN)) for _ in range(500)]
     (folder / "rows.txt").write_text("\n".join(rows), encoding="utf-8")
     for bucket in range(1000, 1050):
-        with contextlib.suppress(RuntimeError):  # this build's trainer says "Encountered NaN" by chance; reading is sound
+        with contextlib.suppress(
+            RuntimeError
+        ):  # this build's trainer says "Encountered NaN" by chance; reading is sound
             options = {"wordNgrams": 2, "bucket": bucket, "thread": 1, "verbose": 0}
             fasttext.train_supervised(str(folder / "rows.txt"), **options).save_model(str(folder / "languages.bin"))
             return folder / "languages.bin"
