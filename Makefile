@@ -50,9 +50,9 @@ $(READY): pyproject.toml constraints.txt
 	.venv/bin/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-debian-packages:  # what only the tests of tests/cluster need: a SLURM of their own
-	@packages=$$(sed -n 's/^PACKAGES = "\(.*\)"$$/\1/p' tests/cluster/slurm.py)
+debian-packages:  # what only tests need: a SLURM of their own, and a browser to look at the data card
+	@packages="$$(sed -n 's/^PACKAGES = "\(.*\)"$$/\1/p' tests/cluster/slurm.py) chromium"
 	! dpkg -s $$packages >/dev/null 2>&1 || exit 0
-	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "tests/cluster will be skipped: no $$packages, and no root to install it"; exit 0; }
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { echo "some tests will be skipped: not all of $$packages are here, and no root to install it"; exit 0; }
 	$(APT) update
 	$(APT) install --no-install-recommends $$packages >/dev/null

@@ -115,6 +115,16 @@ def verify(where: Where, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def card(where: Where, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write the data card of finished shards beside them, as `run` does: card.html and card.json. Print where."""
+    from data_pipeline.card import CARD
+    from data_pipeline.prepare import write_card, write_card_of
+
+    path = write_card(_load(where, overrides)) if where.is_file() else write_card_of(where)
+    print((path.parent / CARD).read_text(encoding="utf-8") if as_json else path, end="" if as_json else "\n")
+
+
+@app.command()
 def inspect(
     where: Where,
     samples: Annotated[int, typer.Option(min=0, help="decoded texts per corpus")] = 3,

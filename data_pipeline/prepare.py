@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ import xxhash
 from pydantic import field_validator, model_validator
 
 from configs import ConfigError, Int, Section, differences, load
+from data_pipeline import card as data_card
 from data_pipeline import shards
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Totals
@@ -47,7 +48,7 @@ log = logging.getLogger("data-prep")
 TOKENIZER = "tokenizer.json"
 TOKENIZER_MADE = "tokenizer.made.json"
 TOKENIZER_READ = 8  # a sample is taken from at most this many times its size of text
-NOT_IDENTITY = {"paths", "base", "on_damage"}  # of a source: where it lies, and what stops the work, change no byte
+NOT_IDENTITY = {"paths", "base", "on_damage", "about", "licence"}  # of a source: these change no byte
 
 
 class Preparation(Section):
@@ -64,6 +65,7 @@ class Preparation(Section):
     shard_bytes: Int = 256 * 2**20
     block_tokens: Int | None = None  # a power of two; None: chosen at plan time so that tails stay under 1 %
     workers: Int = 1  # processes on this machine
+    card: data_card.Card = data_card.Card()
 
     @field_validator("corpora")
     @classmethod
@@ -599,6 +601,30 @@ def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
                 "%s: none of its %s documents fell to validation (fraction %s); raise the fraction to evaluate on it",
                 *(summary.corpus, f"{summary.documents:,}", preparation.validation.fraction),
             )
+    write_card(preparation)
+
+
+def write_card(preparation: Preparation) -> Path:
+    """Write the data card beside the finished corpora, and say where. Raises ShardError where one is not finished."""
+    out = preparation.out
+    notes = {corpus: source.model_dump(include={"about", "licence"}) for corpus, source in preparation.corpora.items()}
+    return _write_card(
+        out, preparation.name, [out / c for c in preparation.corpora], notes, preparation.card.compare_tokenizer
+    )
+
+
+def write_card_of(where: Path) -> Path:
+    """The same for a folder of shards; what only its configuration knows is taken from the card that lies there."""
+    old = data_card.read(where)
+    return _write_card(where, old.get("name", where.resolve().name), folders(where), data_card.notes_of(old), None)
+
+
+def _write_card(
+    out: Path, name: str, corpora: Sequence[Path], notes: Mapping[str, data_card.Notes], compare: Path | None
+) -> Path:
+    manifests = [Manifest.open(folder) for folder in corpora]
+    made = data_card.make(name, [(manifest, folder_tokenizer(manifest)) for manifest in manifests], notes, compare)
+    return data_card.write(out, made)
 
 
 def folders(where: Path) -> list[Path]:

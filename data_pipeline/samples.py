@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.shards import Manifest, Shards, Split, read_parquet
 from data_pipeline.tokenizer import Tokenizer
 
-SAMPLE_TOKENS = 150
+SAMPLE_TOKENS = 150  # cut anywhere, so half a character may stand at either end of a text: it is stripped
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,39 @@ class Sample:
 
 def samples(manifest: Manifest, tokenizer: Tokenizer, split: Split, count: int) -> Iterator[Sample]:
     """Up to `count` documents, one of a row, from rows spread evenly over a corpus. Raises ShardError on damage."""
-    places = [
-        (shards, shard, row)
-        for generation in range(len(manifest.generations))
-        for shards in [manifest.shards(split, generation)]
-        for shard in range(len(shards))
-        for row in _rows(shards, shard)
-    ]
-    count = min(count, len(places))
-    for i in range(count):
-        shards, shard, row = places[i * len(places) // count]
+    for shards, shard, row in _spread(manifest, split, count):
         sample = _first_document(shards, shard, row, tokenizer, split)
         if sample is not None:
             yield sample
+
+
+def excerpts(manifest: Manifest, tokenizer: Tokenizer, split: Split, count: int, tokens: int) -> Iterator[str]:
+    """The text at the beginning of up to `count` rows spread evenly over a corpus, of up to `tokens` tokens each."""
+    for shards, shard, row in _spread(manifest, split, count):
+        ids = shards.member(shard, row)[:tokens]
+        yield tokenizer.decode(ids[ids != tokenizer.end_of_text]).strip("\ufffd")
+
+
+def _spread(manifest: Manifest, split: Split, count: int) -> Iterator[tuple[Shards, int, int]]:
+    """(shards, shard, row) of up to `count` rows, from all generations."""
+    parts = [manifest.shards(split, generation) for generation in range(len(manifest.generations))]
+    ends = np.cumsum([rows for shards in parts for rows in _rows(shards)], dtype=np.int64)
+    first = np.cumsum([0, *map(len, parts)])  # shard of each generation, among all
+    total = int(ends[-1]) if len(ends) else 0
+    count = min(count, total)
+    for place in (i * total // count for i in range(count)):
+        number = int(np.searchsorted(ends, place, side="right"))
+        generation = int(np.searchsorted(first, number, side="right")) - 1
+        shards = parts[generation]
+        yield shards, number - int(first[generation]), place - int(ends[number - 1] if number else 0)
         shards.close()
 
 
-def _rows(shards: Shards, shard: int) -> range:
-    return range(shards.table["blocks"][shard].as_py() + (shards.table["tail_tokens"][shard].as_py() > 0))
+def _rows(shards: Shards) -> list[int]:
+    """How many rows each shard has, its tail's too."""
+    table = shards.table
+    rows: list[int] = (table["blocks"].to_numpy() + (table["tail_tokens"].to_numpy() > 0)).tolist()
+    return rows
 
 
 def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, split: Split) -> Sample | None:
@@ -68,7 +83,7 @@ def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, 
         id=entry.get("id", "(begins in an earlier shard)"),
         uri=entry.get("uri", ""),
         tokens=entry.get("tokens", 0),
-        text=tokenizer.decode(begun[: int(ends[0])] if len(ends) else begun),
+        text=tokenizer.decode(begun[: int(ends[0])] if len(ends) else begun).strip("\ufffd"),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any, ClassVar, Literal, cast
 
-from configs import Bool, Section
+from configs import Bool
 from data_pipeline.document import Document
 from data_pipeline.sources.inputs import (
     MAX_DOCUMENT_BYTES,
@@ -29,11 +29,12 @@ from data_pipeline.sources.inputs import (
     find_inputs,
     texts,
 )
+from data_pipeline.sources.notes import Noted
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2")
 
 
-class BookCorpus(Section):
+class BookCorpus(Noted):
     """Books: files, folders or patterns of `.txt` (also `.gz`), or of tars of `.txt`."""
 
     kind: Literal["bookcorpus"] = "bookcorpus"

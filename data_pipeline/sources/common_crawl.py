@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, ClassVar, Literal, cast
 
-from configs import Section
 from data_pipeline.document import Document
 from data_pipeline.sources.inputs import (
     MAX_DOCUMENT_BYTES,
@@ -27,11 +26,12 @@ from data_pipeline.sources.inputs import (
     is_content_error,
     members,
 )
+from data_pipeline.sources.notes import Noted
 
 PAGES = ("text/html", "application/xhtml+xml")
 
 
-class CommonCrawl(Section):
+class CommonCrawl(Noted):
     """WARC or WET files, packed or not: files, folders, patterns, addresses or lists (`warc.paths.gz`) of them."""
 
     kind: Literal["common_crawl"] = "common_crawl"

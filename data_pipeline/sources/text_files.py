@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import orjson
 
-from configs import Section
 from data_pipeline.document import Document
 from data_pipeline.sources.inputs import (
     MAX_DOCUMENT_BYTES,
@@ -30,6 +29,7 @@ from data_pipeline.sources.inputs import (
     open_bytes,
     texts,
 )
+from data_pipeline.sources.notes import Noted
 
 PACKINGS = ("", ".gz", ".bz2", ".zst")
 JSON_LINES = tuple(f".jsonl{packing}" for packing in PACKINGS)
@@ -39,7 +39,7 @@ BATCH_BYTES = 16 * 2**20  # of texts out of a Parquet file at once, about
 BATCH_ROWS = 4096
 
 
-class TextFiles(Section):
+class TextFiles(Noted):
     """Files, folders, patterns, addresses or lists of `.txt`, `.jsonl` (both also packed) and `.parquet`."""
 
     kind: Literal["text_files"] = "text_files"

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from configs import ConfigError, Section
+from configs import ConfigError
 from data_pipeline.document import Document
 from data_pipeline.sources.inputs import (
     MAX_DOCUMENT_BYTES,
@@ -32,6 +32,7 @@ from data_pipeline.sources.inputs import (
     find_inputs,
     open_bytes,
 )
+from data_pipeline.sources.notes import Noted
 
 MEGATRON = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, sequences, document edges
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
@@ -39,7 +40,7 @@ MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 AT_ONCE = 2**16  # entries of an index
 
 
-class TokenFiles(Section):
+class TokenFiles(Noted):
     """Files, folders or patterns of `.bin` and `.ds`, each with its index beside it."""
 
     kind: Literal["token_files"] = "token_files"

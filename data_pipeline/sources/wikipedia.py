@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from configs import ConfigError, Section
+from configs import ConfigError
 from data_pipeline.document import Document
 from data_pipeline.sources import bzip2
 from data_pipeline.sources.inputs import (
@@ -35,6 +35,7 @@ from data_pipeline.sources.inputs import (
     Reading,
     find_inputs,
 )
+from data_pipeline.sources.notes import Noted
 
 CLOSING_SECTIONS = [  # that hold links and sources, in the larger Wikipedias' languages
     "references", "external links", "see also", "further reading", "notes", "bibliography", "sources", "citations",
@@ -49,7 +50,7 @@ CLOSING_SECTIONS = [  # that hold links and sources, in the larger Wikipedias' l
 ]  # fmt: skip
 
 
-class Wikipedia(Section):
+class Wikipedia(Noted):
     """Pages-articles dumps: files, folders or patterns of `.xml`, `.xml.bz2`, `.xml.gz`, also `.xml-p1p999.bz2`."""
 
     kind: Literal["wikipedia"] = "wikipedia"

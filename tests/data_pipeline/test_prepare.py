@@ -67,10 +67,11 @@ def run(*overrides: str) -> list[prepare.Summary]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file with its sha256, and every other thing by its name."""
+    """Every file with its sha256, and every other thing by its name; but for the data card, which tells the time."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "-"
         for path in sorted(folder.rglob("*"))
+        if path.stem != "card"
     }
 
 
