@@ -159,10 +159,11 @@ def compare(
             if current is None or current == part.input:
                 parts.append(part)
                 continue
-            same = current.size == part.input.size and known is not None and rehash(part) == known[i]
+            as_it_is = replace(part, input=current)
+            same = current.size == part.input.size and known is not None and rehash(as_it_is) == known[i]
             if not same:
                 lines[current.name] = f"{current.name}: {_difference(part.input, current)}"
-            parts.append(replace(part, input=current) if same else part)
+            parts.append(as_it_is if same else part)
         updated.append(replace(slice, parts=tuple(parts)))
     is_changed = [any(part.input.name in lines for part in slice.parts) for slice in updated]
     return Comparison(

@@ -25,9 +25,9 @@ from typing import Any, Literal, Protocol, Self
 from configs import ConfigError
 
 if sys.version_info >= (3, 14):
-    from compression import zstd
+    from compression import zstd as zstd
 else:
-    from backports import zstd
+    from backports import zstd as zstd
 
 OnDamage = Literal["skip", "stop"]
 MAX_DOCUMENT_BYTES = 64 * 2**20  # a larger text is cut into parts or set aside, so that memory stays bounded

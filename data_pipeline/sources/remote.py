@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import urllib3
 
 PIECE_BYTES = 2**20
+STORE_PIECE_BYTES = 2**15  # what has not filled a piece is lost where a body breaks off
 ASKED_AT_ONCE = 32  # sizes of addresses that are named one by one
 REDIRECTS = 5
 
@@ -382,7 +383,7 @@ class ObjectStore:
         if about["size"] != size or (about["e_tag"] or about["last_modified"].isoformat()) != version:
             raise _changed(self.name)
         try:
-            for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+            for piece in answer.stream(min_chunk_size=STORE_PIECE_BYTES):
                 yield bytes(piece)
         except Exception as error:
             raise Broken(f"broke off ({type(error).__name__})") from None
@@ -441,7 +442,7 @@ def refusal(name: str, error: Exception) -> InputError:
 
     if isinstance(error, FileNotFoundError):
         return _gone(name, "no such object or bucket")
-    if isinstance(error, exceptions.PreconditionError):
+    if isinstance(error, exceptions.PreconditionError) or "416 Range Not Satisfiable" in str(error):
         return _changed(name)
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return InputError(f"{name}: its store refuses it; check AWS_ACCESS_KEY_ID, or set AWS_SKIP_SIGNATURE=true")
