@@ -60,6 +60,7 @@ class Totals:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> documents
     dropped_bytes: Counter[str] = field(default_factory=Counter)  # reason -> bytes; also of documents that raised
     masked: Counter[str] = field(default_factory=Counter)  # kind -> addresses replaced, in documents dropped too
+    decontaminated: Counter[str] = field(default_factory=Counter)  # documents cut, pieces kept of them, characters gone
     documents: Counter[str] = field(default_factory=Counter)  # kept, by split
     tokens: Counter[str] = field(default_factory=Counter)  # by split, <|endoftext|> included
     characters: int = 0  # of the documents kept

@@ -30,6 +30,7 @@ from data_pipeline import card as data_card
 from data_pipeline import shards
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Totals
+from data_pipeline.decontaminate import Decontamination
 from data_pipeline.failures import failures, forget_failures
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder
@@ -60,6 +61,7 @@ class Preparation(Section):
     corpora: dict[str, Source]
     clean: Clean = Clean()
     filters: Filters = Filters()
+    decontamination: Decontamination | None = None
     validation: Validation = Validation()
     slice_bytes: Int = 256 * 2**20  # of input; the unit of work and of restart
     shard_bytes: Int = 256 * 2**20
@@ -213,6 +215,7 @@ def identity(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> dic
         "source": {**source.model_dump(mode="json", exclude=NOT_IDENTITY), "version": source.version},
         "clean": {**preparation.clean.model_dump(mode="json"), "version": preparation.clean.version},
         "filters": preparation.filters.identity(),
+        "decontamination": preparation.decontamination.identity() if preparation.decontamination else None,
         "validation": preparation.validation.model_dump(mode="json"),
         "slice_bytes": preparation.slice_bytes,
         "shard_bytes": preparation.shard_bytes,
@@ -251,6 +254,7 @@ def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer
         source=preparation.source(corpus),
         clean=preparation.clean,
         filters=preparation.filters,
+        decontamination=preparation.decontamination,
         validation=preparation.validation,
         format=_format(preparation, plan, tokenizer),
         tokenizer=preparation.out / TOKENIZER,

@@ -146,9 +146,15 @@ class GopherRepetition(Section):
         for n, share in self.max_top_ngram_chars.items():
             if n * heaviest > share * size and top_ngram_chars(text, n) / size > share:
                 return f"commonest {n}-gram"
+        unrepeated = len(text.words) + 1  # n-grams of so many words do not repeat, so longer ones do not either
         for n, share in self.max_duplicate_ngram_chars.items():
-            if duplicate_ngram_chars(text, n, int(share * size)) / size > share:
+            if n >= unrepeated:
+                continue
+            chars = duplicate_ngram_chars(text, n, int(share * size))
+            if chars / size > share:
                 return f"duplicate {n}-grams"
+            if not chars:
+                unrepeated = n
         return None
 
 

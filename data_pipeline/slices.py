@@ -20,6 +20,7 @@ import xxhash
 from configs import Float, Int, Section
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Counts, text_bytes
+from data_pipeline.decontaminate import Decontamination, pieces_of
 from data_pipeline.document import Document
 from data_pipeline.dropped import Dropped
 from data_pipeline.filters import Filters
@@ -73,6 +74,7 @@ class Job:
     source: Source
     clean: Clean
     filters: Filters
+    decontamination: Decontamination | None
     validation: Validation
     format: Format
     tokenizer: Path
@@ -183,7 +185,7 @@ def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: 
                 counts.read_bytes += text_bytes(document.text)
                 kept = _prepared(job, document, counts)
                 if kept is not None:
-                    yield kept
+                    yield from _decontaminated(job, kept, counts)
                 tell(before + reading.bytes_read, counts.read)
             hashes.append(reading.finish())
         _check_unchanged(part, slice)
@@ -235,6 +237,27 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
         _drop(document, reason, counts)
         return None
     return document
+
+
+def _decontaminated(job: Job, document: Document, counts: Counts) -> Iterator[Document]:
+    """The document, or what is left of it between evaluation texts. What is tokens already stays as it is."""
+    if job.decontamination is None or document.ids is not None:
+        yield document
+        return
+    try:
+        cut = job.decontamination.cut(document.text)
+    except BaseException as error:
+        if not is_content_error(error):
+            raise
+        _poison(document, error, counts)
+        return
+    if cut is None:
+        yield document
+    elif cut.reason is not None:
+        _drop(document, cut.reason, counts)
+    else:
+        counts.decontaminated.update(documents=1, pieces=len(cut.pieces), characters=cut.characters)
+        yield from pieces_of(document, cut)
 
 
 def _drop(document: Document, reason: str, counts: Counts) -> None:
