@@ -70,6 +70,17 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def classifier(config: Config, overrides: Overrides = None) -> None:
+    """Train the classifier of quality of a config, and print where it is and what it learnt from."""
+    from data_pipeline import prepare
+
+    preparation = _load(config, overrides)
+    made = prepare.make_classifier(preparation)
+    learnt = ", ".join(f"{count} {side}" for side, count in made["documents"].items())
+    print(f"{preparation.out / prepare.CLASSIFIER}  {learnt}  sha256 {made['sha256']}")
+
+
+@app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Make the tokenizer and the plans of a config, and print how many slices each corpus has."""
     from data_pipeline import prepare

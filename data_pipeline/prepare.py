@@ -2,6 +2,7 @@
 
     out/tokenizer.json               trained once, or a copy of the given one
     out/tokenizer.made.json          how it was made
+    out/classifier.npy               of quality, where one is asked for; classifier.made.json: how it was made
     out/<corpus>/plan.json           the inputs, cut into slices        (plan)
     out/<corpus>/slices/<slice>/     one folder per slice, whole or absent   (work)
     out/<corpus>/MANIFEST.json       what a reader trusts, written last  (seal)
@@ -28,11 +29,13 @@ from pydantic import field_validator, model_validator
 from configs import ConfigError, Int, Section, differences, load
 from data_pipeline import card as data_card
 from data_pipeline import shards
+from data_pipeline.classifier import Judge, QualityClassifier
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Totals
 from data_pipeline.decontaminate import Decontamination
 from data_pipeline.failures import failures, forget_failures
 from data_pipeline.filters import Filters
+from data_pipeline.language import file_sha256
 from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
 from data_pipeline.progress import Display, Progress, size
@@ -48,6 +51,8 @@ log = logging.getLogger("data-prep")
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_MADE = "tokenizer.made.json"
+CLASSIFIER = "classifier.npy"
+CLASSIFIER_MADE = "classifier.made.json"
 TOKENIZER_READ = 8  # a sample is taken from at most this many times its size of text
 NOT_IDENTITY = {"paths", "base", "on_damage", "about", "licence"}  # of a source: these change no byte
 
@@ -61,6 +66,7 @@ class Preparation(Section):
     corpora: dict[str, Source]
     clean: Clean = Clean()
     filters: Filters = Filters()
+    classifier: QualityClassifier | None = None
     decontamination: Decontamination | None = None
     validation: Validation = Validation()
     slice_bytes: Int = 256 * 2**20  # of input; the unit of work and of restart
@@ -89,6 +95,13 @@ class Preparation(Section):
                 f"corpora.{made[0]} holds tokens already: expected tokenizer.kind file, with the path of the "
                 f"tokenizer.json that made them, got {self.tokenizer.kind}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _classifier_knows_its_corpora(self) -> Self:
+        for name in self.classifier.corpora if self.classifier else ():
+            if name not in self.corpora:
+                raise ValueError(f"classifier.corpora: no corpus {name!r}; there are {', '.join(self.corpora)}")
         return self
 
     @field_validator("slice_bytes", "shard_bytes", "workers")
@@ -203,6 +216,54 @@ def _place(name: str, seed: int) -> float:
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "replace"), seed & (2**64 - 1)) / 2**64
 
 
+# --- the classifier of quality -------------------------------------------------------------------------------------
+
+
+def make_classifier(preparation: Preparation) -> dict[str, Any]:
+    """Train the folder's classifier unless it is there; how it was made. Raises ConfigError on another's."""
+    classifier, out = preparation.classifier, preparation.out
+    if classifier is None:
+        raise ConfigError("classifier: not in this configuration")
+    out.mkdir(parents=True, exist_ok=True)
+    with Lease.wait(out / ".classifier.lease", log.info):
+        made = _read_json(out / CLASSIFIER_MADE)
+        if made is None:
+            weights, counts = classifier.train(preparation.clean.text)
+            shards.write_durably(out / CLASSIFIER, weights)
+            sha256 = hashlib.sha256(weights).hexdigest()
+            made = {"config": classifier.learnt_from(), "documents": counts, "sha256": sha256}
+            shards.write_durably(out / CLASSIFIER_MADE, _json_bytes(made))
+            log.info("classifier: learnt from %s good and %s raw texts", *counts.values())
+    if differ := differences(made["config"], classifier.learnt_from()):
+        raise ConfigError(
+            f"{out}: its classifier was made with another configuration: "
+            f"{'; '.join(f'classifier.{d}' for d in differ)}; use another `out`, or put it back"
+        )
+    if file_sha256(out / CLASSIFIER) != made["sha256"]:
+        raise ConfigError(
+            f"{out / CLASSIFIER}: damaged or exchanged (sha256 differs from {CLASSIFIER_MADE}); restore it"
+        )
+    assert isinstance(made, dict)
+    return made
+
+
+def _judgment(preparation: Preparation, corpus: str) -> dict[str, Any] | None:
+    """What the classifier's verdicts on a corpus depend on."""
+    classifier = preparation.classifier
+    if classifier is None or corpus not in classifier.corpora:
+        return None
+    made = make_classifier(preparation)
+    settings = classifier.model_dump(mode="json", include={"pareto", "seed"})
+    return {**settings, "sha256": made["sha256"], "version": classifier.version}
+
+
+def _judge(preparation: Preparation, corpus: str) -> Judge | None:
+    classifier = preparation.classifier
+    if classifier is None or corpus not in classifier.corpora:
+        return None
+    return Judge(preparation.out / CLASSIFIER, classifier.pareto, classifier.seed)
+
+
 # --- plan -----------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +276,7 @@ def identity(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> dic
         "source": {**source.model_dump(mode="json", exclude=NOT_IDENTITY), "version": source.version},
         "clean": {**preparation.clean.model_dump(mode="json"), "version": preparation.clean.version},
         "filters": preparation.filters.identity(),
+        "classifier": _judgment(preparation, corpus),
         "decontamination": preparation.decontamination.identity() if preparation.decontamination else None,
         "validation": preparation.validation.model_dump(mode="json"),
         "slice_bytes": preparation.slice_bytes,
@@ -254,6 +316,7 @@ def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer
         source=preparation.source(corpus),
         clean=preparation.clean,
         filters=preparation.filters,
+        judge=_judge(preparation, corpus),
         decontamination=preparation.decontamination,
         validation=preparation.validation,
         format=_format(preparation, plan, tokenizer),

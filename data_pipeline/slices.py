@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from configs import Float, Int, Section
+from data_pipeline.classifier import Judge
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Counts, text_bytes
 from data_pipeline.decontaminate import Decontamination, pieces_of
@@ -74,6 +75,7 @@ class Job:
     source: Source
     clean: Clean
     filters: Filters
+    judge: Judge | None
     decontamination: Decontamination | None
     validation: Validation
     format: Format
@@ -227,6 +229,8 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
         text = job.clean.text(document.text, counts.masked)
         document = Document(text, document.id, document.source, document.uri, document.meta)
         document, reason = job.filters.judged(document)
+        if reason is None and job.judge is not None:
+            reason = job.judge.reason(document)
     except BaseException as error:
         if not is_content_error(error):
             raise

@@ -26,6 +26,7 @@ ROOMS = ["configs", "data_pipeline", "pretrain", "launch"]  # each may import fr
 DOORS = {
     "webdataset": "data_pipeline/shards.py",
     "tokenizers": "data_pipeline/tokenizer.py",
+    "sklearn": "data_pipeline/classifier.py",
     "fasttext": "data_pipeline/language.py",
     "deepspeed": "pretrain/engine/zero.py",
     "mlflow": "pretrain/track/mlflow.py",
