@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import Section
-from data_pipeline.dropped import examples
+from data_pipeline.dropped import examples, lost_documents
 from data_pipeline.plan import PLAN, Plan
 from data_pipeline.progress import size
 from data_pipeline.samples import Sample, excerpts, samples
@@ -143,7 +143,7 @@ def steps(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Every reason for dropping is a step of its own; what raised comes first, wherever it did.
     """
-    lost = _lost(counts)
+    lost = lost_documents(counts)
     found = [_step("read", counts["read"], counts["read_bytes"])]
     for reason in sorted(lost, key=lambda reason: (_stage(reason), -lost[reason], reason)):
         if _stage(reason) and found[-1]["step"] in ("read", "raises"):
@@ -179,15 +179,9 @@ def _stage(reason: str) -> int:
     return 2 if "duplicate" in reason else 3 if reason.startswith("contaminat") else 1
 
 
-def _lost(counts: Mapping[str, Any]) -> dict[str, int]:
-    """reason -> documents that were read, and not taken."""
-    raised = counts["set_aside"].get("raises", 0)
-    return {**counts["dropped"]} | ({"raises": raised} if raised else {})
-
-
 def _dropped(manifest: Manifest, counts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each reason with its counts and some of the documents, the most frequent first."""
-    lost, shown = _lost(counts), examples(manifest, EXAMPLES)
+    lost, shown = lost_documents(counts), examples(manifest, EXAMPLES)
     return [
         {
             "reason": reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -20,7 +21,10 @@ import configs
 from configs import ConfigError
 
 if TYPE_CHECKING:
+    from data_pipeline.find import At, Found
     from data_pipeline.prepare import Outline, Preparation, Summary
+    from data_pipeline.shards import Manifest
+    from data_pipeline.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Raw corpora to token shards.")
 log = logging.getLogger("data-prep")
@@ -139,21 +143,110 @@ def card(where: Where, overrides: Overrides = None, as_json: AsJson = False) -> 
 def inspect(
     where: Where,
     samples: Annotated[int, typer.Option(min=0, help="decoded texts per corpus")] = 3,
+    search: Annotated[str | None, typer.Option(help="documents whose text contains this")] = None,
+    doc: Annotated[str | None, typer.Option(help="the document of this id")] = None,
+    dropped: Annotated[str | None, typer.Option(help="the documents that this rule dropped")] = None,
+    token: Annotated[str | None, typer.Option(help="what lies at CORPUS:SLICE/SHARD:ROW:TOKEN, from 0")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="of documents shown, for --search and --dropped")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Counts and decoded samples of finished shards."""
-    from data_pipeline.prepare import folder_tokenizer, folders, summarized
-    from data_pipeline.samples import samples as decoded
+    """Counts and decoded samples of finished shards, or the documents asked for: text, address, place."""
+    from data_pipeline.prepare import folder_tokenizer, folders
     from data_pipeline.shards import Manifest
 
-    manifests = [Manifest.open(folder) for folder in folders(where)]
-    found = {
-        manifest.head["corpus"]: list(decoded(manifest, folder_tokenizer(manifest), "train", samples))
-        if samples
-        else []
-        for manifest in manifests
-    }
-    summaries = [summarized(manifest) for manifest in manifests]
+    corpora = [(manifest, folder_tokenizer(manifest)) for manifest in map(Manifest.open, folders(where))]
+    asked = [
+        name for name, value in (("search", search), ("doc", doc), ("dropped", dropped), ("token", token)) if value
+    ]
+    if len(asked) > 1 or "" in (search, doc, dropped, token):
+        raise ConfigError("expected one of --search, --doc, --dropped and --token, with what to look for")
+    if search:
+        _show_found(list(itertools.islice(_searched(corpora, search), limit)), f"no text contains {search!r}", as_json)
+    elif doc:
+        from data_pipeline.find import by_id
+
+        _show_found([x for pair in corpora for x in by_id(*pair, doc)], f"no document has the id {doc!r}", as_json)
+    elif token:
+        from data_pipeline.find import by_token
+
+        _show_token(by_token(corpora, token), as_json)
+    elif dropped:
+        _show_dropped([manifest for manifest, _ in corpora], dropped, limit, as_json)
+    else:
+        _show_samples(corpora, samples, as_json)
+
+
+def _searched(corpora: Sequence[tuple[Manifest, Tokenizer]], text: str) -> Iterator[Found]:
+    from data_pipeline.find import by_text, token_bytes
+    from data_pipeline.progress import Display, Progress
+
+    progress = Progress(sum(token_bytes(manifest) for manifest, _ in corpora))
+    with Display("search") as display:
+        for manifest, tokenizer in corpora:
+            yield from by_text(manifest, tokenizer, text, progress, display)
+
+
+def _show_found(found: Sequence[Found], otherwise: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(x) for x in found], indent=1, ensure_ascii=False))
+    elif not found:
+        print(f"data-prep: {otherwise}", file=sys.stderr)
+    for x in () if as_json else found:
+        _show_document(x)
+    if not found:
+        raise typer.Exit(1)
+
+
+def _show_document(x: Found) -> None:
+    lines = [
+        f"--- {x.corpus}: {x.id}  {x.uri}",
+        f"    from {x.input} at byte {x.offset}",
+        f"    {x.tokens:,} tokens: {x.first_token} to {x.last_token}",
+        f"{x.text}\n",
+    ]
+    print(_harmless("\n".join(lines)))
+
+
+def _harmless(text: str) -> str:
+    """What was found on the web says nothing to the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _show_token(at: At, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(at), indent=1, ensure_ascii=False))
+        return
+    print(f"{at.place}: token {at.id}, {at.piece!r}\n")
+    _show_document(at.document)
+
+
+def _show_dropped(manifests: Sequence[Manifest], rule: str, limit: int, as_json: bool) -> None:
+    from data_pipeline.dropped import by_rule, lost_documents
+
+    rows = ({"corpus": m.head["corpus"], **row} for m in manifests for row in by_rule(m, rule))
+    shown = list(itertools.islice(rows, limit))
+    if not shown:
+        known = dict.fromkeys(reason for m in manifests for reason in lost_documents(m.head["counts"]))
+        raise ConfigError(f"--dropped {rule}: nothing was; the reasons here are {', '.join(sorted(known)) or 'none'}")
+    if as_json:
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+        return
+    for row in shown:
+        lines = [
+            f"--- {row['corpus']}: {row['id']}  {row['uri']}",
+            f"    {row['reason']}, {row['characters']:,} characters",
+            f"    from {row['input']} at byte {row['offset']}",
+            "    (its text was not kept)\n" if row["text"] is None else f"{row['text']}\n",
+        ]
+        print(_harmless("\n".join(lines)))
+
+
+def _show_samples(corpora: Sequence[tuple[Manifest, Tokenizer]], count: int, as_json: bool) -> None:
+    from data_pipeline.prepare import summarized
+    from data_pipeline.samples import samples
+
+    found = {m.head["corpus"]: list(samples(m, tokenizer, "train", count)) for m, tokenizer in corpora}
+    summaries = [summarized(manifest) for manifest, _ in corpora]
     if as_json:
         shown = {s.corpus: {**asdict(s), "samples": [asdict(x) for x in found[s.corpus]]} for s in summaries}
         print(json.dumps(shown, indent=1, ensure_ascii=False))
@@ -161,7 +254,8 @@ def inspect(
     _show_table(summaries)
     for corpus, texts in found.items():
         for x in texts:
-            print(f"\n--- {corpus}: {x.slice}/{x.shard} row {x.row}: {x.id}, {x.tokens:,} tokens, {x.uri}\n{x.text}")
+            head = f"\n--- {corpus}: {x.slice}/{x.shard} row {x.row}: {x.id}, {x.tokens:,} tokens, {x.uri}"
+            print(_harmless(f"{head}\n{x.text}"))
 
 
 STOPPED = 3  # exit code: what is made is kept, and the same command goes on

@@ -8,12 +8,11 @@ them, in one pass and in little memory. The same slice gives the same bytes.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -106,14 +105,27 @@ def files(manifest: Manifest) -> Iterator[Path]:
             yield path
 
 
-def rows(path: Path, reason: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of one file, of one reason where it is given. Raises ShardError on damage."""
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file. Raises ShardError on damage."""
     try:
         for batch in pq.ParquetFile(path).iter_batches(use_threads=False):
-            table = pa.table(batch)
-            yield from (table if reason is None else table.filter(pc.equal(table["reason"], reason))).to_pylist()
+            yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: damaged ({type(error).__name__}); see data-prep verify") from None
+
+
+def by_rule(manifest: Manifest, rule: str) -> Iterator[dict[str, Any]]:
+    """The rows of every document dropped for a reason; `gopher` stands for all reasons that begin with `gopher:`."""
+    for path in files(manifest):
+        for row in rows(path):
+            if row["reason"] == rule or row["reason"].startswith(f"{rule}:"):
+                yield {**row, "slice": path.parent.name}
+
+
+def lost_documents(counts: Mapping[str, Any]) -> dict[str, int]:
+    """reason -> documents that were read and not taken, from a manifest's counts."""
+    raised = counts["set_aside"].get("raises", 0)
+    return {**counts["dropped"]} | ({"raises": raised} if raised else {})
 
 
 def examples(manifest: Manifest, count: int) -> dict[str, list[dict[str, Any]]]:

@@ -167,6 +167,18 @@ class Tokenizer:
         return str(self._backend.decode([int(id) for id in ids], skip_special_tokens=False))
 
     @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes that each id stands for, an added token for those of its text. None where ids are not bytes."""
+        made: dict[str, Any] = json.loads(self._backend.to_str())
+        if (made.get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        added = {token["id"]: token["content"] for token in made.get("added_tokens", [])}
+        byte_of, found = _byte_level(), [b""] * self.vocab_size
+        for token, id in self._backend.get_vocab(with_added_tokens=True).items():
+            found[id] = added[id].encode() if id in added else bytes(byte_of[character] for character in token)
+        return found
+
+    @cached_property
     def _cuts_at_spaces(self) -> bool:
         """Whether no token spans the place between a character and a space after it, as under GPT-2's pattern."""
         made: dict[str, Any] = json.loads(self._backend.to_str())
@@ -229,6 +241,13 @@ def probes() -> list[str]:
     planes = [range(0x20, 0x3000), range(0x3000, 0xD800), range(0xE000, 0x30000)]
     rare = ["".join(chr(draw.choice(draw.choice(planes))) for _ in range(60)) for _ in range(300)]
     return ["", " ", "\n", *spaces, *words, *mixed, *rare]
+
+
+def _byte_level() -> dict[str, int]:
+    """Which byte each character of a byte-level token stands for: itself where it can be seen, else one above 255."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(unseen)}
 
 
 _CUT = re.compile(r"(?<=\S)(?=\s)")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,27 @@ def test_inspect_shows_texts_with_where_they_came_from(folder: Path) -> None:
     assert len(shown) > 100 and sentences(int(number), 10).startswith(shown[:100])
 
 
+def test_inspect_finds_documents(folder: Path) -> None:
+    words = sentences(42, 10)
+    done = command("inspect", "out", "--doc", "row-42", folder=folder)
+    head, origin, place, text, *_ = done.stdout.splitlines()
+    assert (head, text) == ("--- mine: row-42  https://e.org/42", words)
+    assert origin.startswith("    from mine.jsonl at byte ") and re.fullmatch(
+        r" +\d+ tokens: mine:\S+ to mine:\S+", place
+    )
+    (found,) = json.loads(command("inspect", "out", "--search", words[60:110], "--json", folder=folder).stdout)
+    assert found["id"] == "row-42" and words[60:110] in found["text"]
+    at = json.loads(command("inspect", "out", "--token", found["first_token"], "--json", folder=folder).stdout)
+    assert at["document"]["id"] == "row-42" and words.startswith(at["piece"])
+    empty = (folder / "mine.jsonl").read_bytes().index(b'{"text": ""')
+    assert command("inspect", "out", "--dropped", "empty", folder=folder).stdout.splitlines()[:3] == [
+        "--- mine: none  https://e.org/none", "    empty, 0 characters",
+        f"    from mine.jsonl at byte {empty}",
+    ]  # fmt: skip
+    none = command("inspect", "out", "--search", "no such words", folder=folder)
+    assert (none.returncode, none.stdout, none.stderr) == (1, "", "data-prep: no text contains 'no such words'\n")
+
+
 def test_print_config_can_be_loaded_again(folder: Path, tmp_path: Path) -> None:
     done = command("run", "small.yaml", "workers=3", "--print-config", folder=folder)
     (tmp_path / "again.yaml").write_text(done.stdout)
@@ -118,6 +140,9 @@ def test_tokenizer_says_where_it_is(folder: Path) -> None:
         (["work", "small.yaml", "--tasks", "0-7"], 2, "--tasks 0-7: the stage slices has the tasks 0-0"),
         (["verify", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
         (["inspect", "nowhere"], 2, "nowhere: neither a config nor a folder of shards"),
+        (["inspect", "out", "--dropped", "long"], 2, "--dropped long: nothing was; the reasons here are empty"),
+        (["inspect", "out", "--doc", "a", "--search", "b"], 2, "expected one of --search, --doc, --dropped and "
+         "--token, with what to look for"),
         (["run", "small.yaml", "out=/proc/nowhere"], 1, None),
     ],
 )  # fmt: skip

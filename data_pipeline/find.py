@@ -1,0 +1,299 @@
+"""Documents of finished shards found again: by their id, by what their text contains, by one of their tokens.
+
+A token's place is written `CORPUS:SLICE/SHARD:ROW:TOKEN`, as in `wikipedia:0-00000/train-00000:3:512`. A row is a block
+of its shard, or the tail behind the last one.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from configs import ConfigError
+from data_pipeline.progress import Progress
+from data_pipeline.shards import Manifest, ShardError, Shards, Split, Tokens, id_hash, read_parquet
+from data_pipeline.tokenizer import Tokenizer
+
+AROUND = 60  # tokens shown on either side of what was asked for
+BETWEEN = b"\xff"  # stands for the mark between documents: no text has this byte
+TOKEN_PLACE = re.compile(r"(?:(?P<corpus>[^:/]+):)?(?P<slice>[^:/]+)/(?P<shard>[^:/]+):(?P<row>\d+):(?P<token>\d+)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A document as the shards hold it, and where it came from."""
+
+    corpus: str
+    id: str
+    uri: str
+    input: str | None
+    offset: int | None  # a byte of the input, or of its packed member
+    language: str | None
+    split: Split
+    first_token: str  # place
+    last_token: str  # place; of its <|endoftext|>
+    tokens: int  # with <|endoftext|>
+    text: str
+
+
+class Stream:
+    """One split of one slice: its tokens by their position, in whichever shard they lie."""
+
+    def __init__(self, manifest: Manifest, generation: int, split: Split, slice: str) -> None:
+        self.manifest, self.split, self.slice = manifest, split, slice
+        shards = manifest.shards(split, generation)
+        self.shards = Shards(manifest, shards.table.filter(pc.equal(shards.table["slice"], slice)))
+        self.begins = np.cumsum([0, *self.shards.table["tokens"].to_pylist()]).tolist()  # position of each shard
+
+    def place(self, position: int) -> tuple[int, int, int]:
+        """(shard, row, token of the row) of a position."""
+        shard = int(np.searchsorted(self.begins, position, side="right")) - 1
+        row, token = divmod(position - self.begins[shard], self.manifest.format.block_tokens)
+        return shard, row, token
+
+    def position(self, shard: int, row: int, token: int) -> int:
+        """The inverse of `place`."""
+        return int(self.begins[shard]) + row * self.manifest.format.block_tokens + token
+
+    def tokens(self, begin: int, end: int) -> Tokens:
+        """The ids from one position up to another."""
+        parts = []
+        while begin < end:
+            shard, row, token = self.place(begin)
+            ids = self.shards.member(shard, row)[: self.manifest.format.block_tokens]
+            parts.append(ids[token : token + end - begin])
+            begin += len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, self.manifest.format.dtype)
+
+    def name(self, position: int) -> str:
+        """A position as a person may give it back."""
+        shard, row, token = self.place(position)
+        return f"{self.manifest.head['corpus']}:{self.slice}/{self.shards.table['name'][shard]}:{row}:{token}"
+
+    def entry(self, ordinal: int, shard: int) -> dict[str, Any] | None:
+        """The sidecar's row of a document that begins in `shard` or before it."""
+        for number in range(shard, -1, -1):
+            table = _sidecar(self.shards.path(number, "docs.parquet"))
+            row = int(np.searchsorted(table["ordinal"].to_numpy(), ordinal))
+            if row < len(table) and table["ordinal"][row].as_py() == ordinal:
+                return dict(table.slice(row, 1).to_pylist()[0])
+        return None
+
+    def around(self, entry: dict[str, Any], tokenizer: Tokenizer, position: int, width: int = AROUND) -> str:
+        """The text up to `width` tokens on either side of a position, within its document."""
+        begin, end = entry["start"], entry["start"] + entry["tokens"] - 1
+        ids = self.tokens(max(begin, position - width), min(end, position + width))
+        return tokenizer.decode(ids).strip("\ufffd")
+
+    def found(self, entry: dict[str, Any], tokenizer: Tokenizer, text: str | None = None) -> Found:
+        """A document by its sidecar's row; `text` in place of the whole."""
+        begin, end = entry["start"], entry["start"] + entry["tokens"]
+        if text is None:
+            text = tokenizer.decode(self.tokens(begin, end - 1))
+        return Found(
+            corpus=self.manifest.head["corpus"],
+            id=entry["id"],
+            uri=entry["uri"],
+            input=entry["input"],
+            offset=entry["offset"],
+            language=entry["language"],
+            split=self.split,
+            first_token=self.name(begin),
+            last_token=self.name(end - 1),
+            tokens=entry["tokens"],
+            text=text,
+        )
+
+
+@lru_cache(maxsize=4)
+def _sidecar(path: Path) -> pa.Table:
+    try:
+        return read_parquet(path.read_bytes())
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
+
+
+def streams(manifest: Manifest, slice: str | None = None) -> Iterator[Stream]:
+    """Every stream of a corpus that has tokens, or those of one slice."""
+    table = manifest.table.select(["slice", "generation", "split"])
+    if slice is not None:
+        table = table.filter(pc.equal(table["slice"], slice))
+    for row in dict.fromkeys(zip(*(column.to_pylist() for column in table.columns), strict=True)):
+        yield Stream(manifest, generation=row[1], split=row[2], slice=row[0])
+
+
+# --- by id ----------------------------------------------------------------------------------------------------------
+
+
+def by_id(manifest: Manifest, tokenizer: Tokenizer, id: str) -> Iterator[Found]:
+    """The documents of this id: one, or more where an input gives it to several."""
+    wanted = id_hash(id)
+    for slice in dict.fromkeys(manifest.table["slice"].to_pylist()):
+        ordinals = _ordinals(manifest.folder / "slices" / slice / "ids.npy", wanted)
+        for stream in streams(manifest, slice) if ordinals else ():
+            last = len(stream.shards) - 1
+            for entry in filter(None, (stream.entry(ordinal, last) for ordinal in ordinals)):
+                if entry["id"] == id:
+                    yield stream.found(entry, tokenizer)
+            stream.shards.close()
+
+
+class _Hashes(Sequence[int]):
+    """The sorted hashes of an `ids.npy`, read one at a time: a search looks at a few of millions."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        version = np.lib.format.read_magic(self._file)
+        assert version == (1, 0)
+        shape, _, self.dtype = np.lib.format.read_array_header_1_0(self._file)
+        self._begin, self._length = self._file.tell(), int(shape[0])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, number: int) -> Any:
+        self._file.seek(self._begin + number * self.dtype.itemsize)
+        return np.frombuffer(self._file.read(self.dtype.itemsize), self.dtype)[0]
+
+    def __getitem__(self, number: Any) -> Any:
+        return int(self.row(number)["hash"])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _ordinals(path: Path, wanted: int) -> list[int]:
+    try:
+        hashes = _Hashes(path)
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: cannot be read ({error}); see data-prep verify") from None
+    try:
+        number, found = bisect_left(hashes, wanted), []
+        while number < len(hashes) and hashes[number] == wanted:
+            found.append(int(hashes.row(number)["ordinal"]))
+            number += 1
+        return found
+    finally:
+        hashes.close()
+
+
+# --- by a token -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class At:
+    """A token, and the document it belongs to, whose text is what stands around the token."""
+
+    place: str
+    id: int
+    piece: str
+    document: Found
+
+
+def by_token(corpora: Sequence[tuple[Manifest, Tokenizer]], place: str) -> At:
+    """What lies at a token's place. Raises ConfigError where there is no such place."""
+    match = TOKEN_PLACE.fullmatch(place)
+    if match is None:
+        raise ConfigError(
+            f"--token: expected CORPUS:SLICE/SHARD:ROW:TOKEN, such as wiki:0-00000/train-00000:3:512, got {place!r}"
+        )
+    fits = [pair for pair in corpora if match["corpus"] in (None, pair[0].head["corpus"])]
+    if len(fits) != 1:
+        names = ", ".join(manifest.head["corpus"] for manifest, _ in corpora)
+        raise ConfigError(f"--token {place}: expected one of the corpora {names} in front, as in CORPUS:{place}")
+    manifest, tokenizer = fits[0]
+    for stream in streams(manifest, match["slice"]):
+        shards = stream.shards.table["name"].to_pylist()
+        if match["shard"] in shards:
+            return _at(stream, shards.index(match["shard"]), int(match["row"]), int(match["token"]), place, tokenizer)
+    raise ConfigError(f"--token {place}: no such shard; inspect shows some places")
+
+
+def _at(stream: Stream, shard: int, row: int, token: int, place: str, tokenizer: Tokenizer) -> At:
+    table, block = stream.shards.table, stream.manifest.format.block_tokens
+    blocks, tail = table["blocks"][shard].as_py(), table["tail_tokens"][shard].as_py()
+    rows = blocks + (tail > 0)
+    if row >= rows or token >= (tail if row == blocks else block):
+        last = f", the last of {tail}" if tail else ""
+        raise ConfigError(f"--token {place}: the shard has {rows} rows of {block} tokens{last}; both count from 0")
+    ordinals, starts = stream.shards.documents(shard, row).T
+    ordinal = int(ordinals[np.searchsorted(starts, token, side="right") - 1])
+    entry = stream.entry(ordinal, shard)
+    if entry is None:
+        raise ShardError(f"{stream.shards.path(shard, 'docs.parquet')}: no document {ordinal}; see data-prep verify")
+    position = stream.position(shard, row, token)
+    (id,) = stream.tokens(position, position + 1).tolist()
+    text = stream.around(entry, tokenizer, position)
+    return At(stream.name(position), id, tokenizer.decode([id]), stream.found(entry, tokenizer, text))
+
+
+# --- by text --------------------------------------------------------------------------------------------------------
+
+
+Show = Callable[[Progress], None]
+
+
+def by_text(manifest: Manifest, tokenizer: Tokenizer, text: str, progress: Progress, show: Show) -> Iterator[Found]:
+    """The documents that contain a text, each once with what stands around it. Reads and decodes everything.
+
+    Ids become bytes, not characters, since a token may end within one. Raises ConfigError for a tokenizer whose tokens
+    are not bytes.
+    """
+    pieces = tokenizer.token_bytes
+    if pieces is None:
+        raise ConfigError(f"{tokenizer.path}: --search needs a byte-level tokenizer, such as GPT-2's")
+    pieces = [*pieces[: tokenizer.end_of_text], BETWEEN, *pieces[tokenizer.end_of_text + 1 :]]
+    for stream in streams(manifest):
+        for hit in _search(stream, pieces, text.encode(), progress, show):
+            progress.done_documents += 1
+            entry = stream.entry(hit.ordinal, hit.shard)
+            if entry is not None:
+                around = stream.around(entry, tokenizer, hit.position, AROUND + len(text.encode()))
+                yield stream.found(entry, tokenizer, around)
+        stream.shards.close()
+
+
+@dataclass(frozen=True)
+class _Hit:
+    ordinal: int
+    shard: int
+    position: int  # of the token in which it begins, or of one behind that within what was searched for
+
+
+def _search(stream: Stream, pieces: Sequence[bytes], wanted: bytes, progress: Progress, show: Show) -> Iterator[_Hit]:
+    block, last, carried = stream.manifest.format.block_tokens, -1, b""
+    for shard in range(len(stream.shards)):
+        blocks, tail = (stream.shards.table[key][shard].as_py() for key in ("blocks", "tail_tokens"))
+        for row in range(blocks + (tail > 0)):
+            ids = stream.shards.member(shard, row)[:block].tolist()
+            data = carried + b"".join(map(pieces.__getitem__, ids))
+            place = data.find(wanted)
+            if place >= 0:
+                ordinals, starts = stream.shards.documents(shard, row).T
+                lengths = np.fromiter((len(pieces[id]) for id in ids), np.int64, len(ids))
+                ends = len(carried) + np.cumsum(lengths)  # where each token's bytes end
+            while place >= 0:
+                token = int(np.searchsorted(ends, place, side="right"))
+                which = max(int(np.searchsorted(starts, token, side="right")) - 1, 0)
+                if (ordinal := int(ordinals[which])) != last:
+                    yield _Hit(ordinal, shard, stream.position(shard, row, token))
+                    last = ordinal
+                end = data.find(BETWEEN, place)
+                place = data.find(wanted, end) if end >= 0 else -1
+            carried = data[max(0, len(data) - len(wanted) + 1) :] if len(wanted) > 1 else b""
+            progress.done_bytes += len(ids) * stream.manifest.format.dtype.itemsize
+            show(progress)
+
+
+def token_bytes(manifest: Manifest) -> int:
+    """Of all tokens of a corpus: what a search reads."""
+    return int(sum(manifest.table["tokens"].to_pylist())) * manifest.format.dtype.itemsize
