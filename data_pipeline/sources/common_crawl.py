@@ -25,6 +25,7 @@ from data_pipeline.sources.inputs import (
     find_inputs,
     is_content_error,
     members,
+    next_member,
 )
 from data_pipeline.sources.notes import Noted
 
@@ -39,7 +40,7 @@ class CommonCrawl(Noted):
     base: str = "https://data.commoncrawl.org/"  # what names in a list are relative to: an address or a folder
     on_damage: OnDamage = "skip"
 
-    version: ClassVar[int] = 1  # raised when the same file would give other text
+    version: ClassVar[int] = 2  # raised when the same file would give other text
 
     def inputs(self) -> list[Input]:
         """The files, sorted by name. Raises ConfigError where a path leads to none."""
@@ -59,12 +60,21 @@ class CommonCrawl(Noted):
         return input.bytes * (0.3 if packed else 0.06)
 
     def read(self, reading: Reading) -> Iterator[Document]:
-        """The pages of a file, in its order."""
-        try:
-            for member in members(reading):
-                yield from _documents(member, reading)
-        except Damage as damage:
-            reading.damaged(damage)
+        """The pages of a file, in its order. A damaged member costs what is packed in it, and no other."""
+        goes_on: int | None = 0
+        while goes_on is not None:
+            reading.go_to(goes_on)
+            try:
+                for member in members(reading):
+                    yield from _documents(member, reading)
+                return
+            except Damage as damage:
+                goes_on = next_member(reading, damage.offset, b"WARC/")
+                if goes_on is None:
+                    reading.damaged(damage)
+                    continue
+                lost = f"{damage.reason}; passed over {goes_on - damage.offset} bytes"
+                reading.damaged(Damage(damage.offset, lost), "damaged member", "the rest")
 
 
 def _documents(member: Member, reading: Reading) -> Iterator[Document]:

@@ -273,7 +273,7 @@ class Reading:
     stop: int = field(init=False)  # of the part, known when it is opened
 
     def __enter__(self) -> Self:
-        self.position = self.part.start
+        self.position = self._hashed = self.part.start
         self._file = open_bytes(self.part.input)
         self.stop = self._file.size if self.part.stop is None else self.part.stop
         self._hash = hashlib.sha256()
@@ -298,10 +298,17 @@ class Reading:
     def read(self, size: int) -> bytes:
         """The next bytes of the file. What lies beyond the part is neither hashed nor counted."""
         data = self._file.at(self.position, size, READ_AHEAD)
-        mine = max(0, self.stop - self.position)
-        self._hash.update(data if mine >= len(data) else memoryview(data)[:mine])
+        mine = slice(max(0, self._hashed - self.position), max(0, self.stop - self.position))
+        self._hash.update(memoryview(data)[mine])
         self.position += len(data)
+        self._hashed = max(self._hashed, self.position)
         return data
+
+    def go_to(self, offset: int) -> None:
+        """Read on from there: further on, or once more."""
+        while self.position < offset and self.read(min(READ_BYTES, offset - self.position)):
+            pass
+        self.position = min(self.position, offset)
 
     def at(self, offset: int, size: int) -> bytes:
         """Bytes anywhere in the file, by the way: neither hashed nor counted."""
@@ -404,6 +411,29 @@ def members(reading: Reading) -> Iterator[Member]:
         member = Member(reading, packing, head)
         yield member
         head = member.rest() or (reading.read(READ_BYTES) if packing is not None else b"")
+
+
+def next_member(reading: Reading, after: int, opening: bytes) -> int | None:
+    """Where the next packed member begins whose content begins with `opening`, behind the byte `after`."""
+    packing = next((kind for kind, magic in MAGIC.items() if magic.match(reading.at(0, 16))), None)
+    needed = 2048 if packing == "gzip" else READ_BYTES  # to unpack its first bytes; the others unpack block by block
+    at = after + 1
+    while packing is not None and len(data := reading.at(at, READ_BYTES)) >= 4:
+        for mark in MAGIC[packing].finditer(data):
+            begin = data[mark.start() : mark.start() + needed]
+            if len(begin) < needed:
+                begin = reading.at(at + mark.start(), needed)
+            if _opens(packing, begin, opening):
+                return at + mark.start()
+        at += len(data) - 3
+    return None
+
+
+def _opens(packing: Packing, data: bytes, opening: bytes) -> bool:
+    try:
+        return bool(_CODECS[packing]().decompress(data, len(opening)) == opening)
+    except (zlib.error, OSError, ValueError, zstd.ZstdError):
+        return False
 
 
 class Content:

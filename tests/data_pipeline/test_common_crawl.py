@@ -1,11 +1,14 @@
 import gzip
+import hashlib
 import random
+import re
 from pathlib import Path
 
+import brotli  # type: ignore[import-untyped]
 import pytest
 
 from data_pipeline.sources.common_crawl import CommonCrawl, main_text, nested_deeper, page_text
-from data_pipeline.sources.inputs import InputError
+from data_pipeline.sources.inputs import InputError, zstd
 from tests.data_pipeline.inputs import http, page, read, real, warc_record, write_warc
 
 ID = "00000000-0000-0000-0000-00000000000"
@@ -182,3 +185,78 @@ def test_one_real_record_as_warc_and_as_wet() -> None:
     assert page_.uri == text.uri == "https://an.wikipedia.org/wiki/Escopete"
     assert "Guadalachara" in page_.text and "Guadalachara" in text.text
     assert "Ir al contenido" in text.text and "Ir al contenido" not in page_.text  # the menu
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("wrong", ["bits", "cut", "hole", "zeros"])
+def test_after_a_damaged_member_reading_goes_on_at_the_next(tmp_path: Path, wrong: str, packing: str) -> None:
+    records = [
+        warc_record("response", f"https://e.org/{i}", http(page(f"Text {i}." + "ab" * i)), f"{ID}{i}") for i in range(6)
+    ]
+    checked: dict[int, int] = {zstd.CompressionParameter.checksum_flag: 1}
+    parts = [gzip.compress(r) if packing == "gz" else zstd.compress(r, options=checked) for r in records]
+    begins = [sum(map(len, parts[:i])) for i in range(7)]
+    middle = bytearray(parts[2])
+    if wrong == "bits":
+        middle[60] ^= 255
+        middle[61] ^= 255
+    elif wrong == "cut":
+        del middle[80:]
+    elif wrong == "hole":
+        middle[40:] = b"\x1f\x8b\x08" * 20_000  # looks like members that are none
+    else:
+        middle[:] = bytes(300_000)
+    path = tmp_path / f"x.warc.{packing}"
+    whole = b"".join([*parts[:2], bytes(middle), *parts[3:]])
+    path.write_bytes(whole)
+    documents, reading = read(source(path), path)
+    assert [d.id[-1] for d in documents if d.id[-1] != "2"] == list("01345")
+    if not (wrong == "zeros" and packing == "gz"):  # which are padding
+        assert reading.set_aside == {"damaged member": 1}
+        assert re.fullmatch(
+            rf"{path}: damaged at byte {begins[2]}: .*; passed over {len(middle)} bytes; the rest is kept",
+            reading.notes[0],
+        )
+        with pytest.raises(
+            InputError, match=rf"damaged at byte {begins[2]}: .*or set on_damage: skip to keep the rest"
+        ):
+            read(source(path, on_damage="stop"), path)
+    shift = len(middle) - len(parts[2])
+    assert [d.meta["offset"] for d in documents[-3:]] == [begin + shift for begin in begins[3:6]]
+    assert reading.finish() == hashlib.sha256(whole).hexdigest()  # each byte once
+
+
+@pytest.mark.parametrize("field", ["WARC-Type", "WARC-Record-ID", "WARC-Target-URI", "Content-Length", "Content-Type"])
+def test_a_record_without_a_header_spoils_no_other(tmp_path: Path, field: str) -> None:
+    good = [warc_record("response", f"https://e.org/{i}", http(page(f"Text {i}.")), f"{ID}{i}") for i in range(3)]
+    lines = [line for line in good[1].split(b"\r\n", 8) if not line.startswith(field.encode())]
+    path = write_warc(tmp_path / "x.warc.gz", [good[0], b"\r\n".join(lines), good[2]])
+    documents, _ = read(source(path), path)
+    assert documents[0].id == f"urn:uuid:{ID}0"
+    assert documents[-1].id == f"urn:uuid:{ID}2" and len({d.id for d in documents}) == len(documents)
+
+
+def test_a_truncated_record_and_strange_bodies_are_counted_not_fatal(tmp_path: Path) -> None:
+    text = page("Inside and out.")
+    bodies = {
+        "cut": http(text[:-21]),
+        "chunked wrong": http(b"zz\r\n" + text, more="Transfer-Encoding: chunked\r\n"),
+        "chunked cut": http(b"ffff\r\n" + text, more="Transfer-Encoding: chunked\r\n"),
+        "brotli": http(brotli.compress(text), more="Content-Encoding: br\r\n"),
+        "brotli wrong": http(b"\xff\xfe" + text, more="Content-Encoding: br\r\n"),
+        "gzip wrong": http(b"\x1f\x8b" + text, more="Content-Encoding: gzip\r\n"),
+        "unknown": http(text, more="Content-Encoding: zstd\r\n"),
+        "good": http(text),
+    }
+    records = []
+    for i, (name, block) in enumerate(bodies.items()):
+        record = warc_record("response", f"https://e.org/{name}", block, f"{ID}{i}")
+        records.append(
+            record.replace(b"\r\nContent-Type", b"\r\nWARC-Truncated: length\r\nContent-Type", name == "cut")
+        )
+    path = write_warc(tmp_path / "x.warc.gz", records)
+    documents, reading = read(source(path), path)
+    kept = {d.uri.rpartition("/")[2]: d.text.strip() for d in documents}
+    assert kept["good"] == "Inside and out." and kept["cut"] == "Inside and out."
+    assert kept.get("brotli", "Inside and out.") == "Inside and out."
+    assert len(documents) + reading.set_aside.total() == len(bodies)
