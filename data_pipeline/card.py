@@ -176,7 +176,7 @@ def _stage(reason: str) -> int:
     """What raised, then filters, then duplicates, then what evaluation sets have."""
     if reason == "raises":
         return 0
-    return 2 if "duplicate" in reason else 3 if reason.startswith("contaminat") else 1
+    return 2 if "duplicate" in reason else 3 if reason.startswith("decontamination") else 1
 
 
 def _dropped(manifest: Manifest, counts: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def run(
     if print_config:
         print(configs.dump(preparation), end="")
     elif dry_run:
-        _show_outlines([prepare.outline(preparation, corpus) for corpus in preparation.corpora], as_json)
+        _show_outlines(list(prepare.outlines(preparation)), as_json)
     else:
         begun = time.monotonic()
         with _stoppable():
@@ -339,17 +339,32 @@ def _share(part: int, whole: int) -> str:
 
 
 def _show_outlines(outlines: Sequence[Outline], as_json: bool) -> None:
+    from data_pipeline.progress import size
+
     if as_json:
         print(json.dumps({outline.corpus: asdict(outline) for outline in outlines}, indent=1))
         return
     rows: list[tuple[str, list[str]]] = [
         ("inputs", [f"{o.inputs:,}" for o in outlines]),
         ("input bytes", [f"{o.input_bytes:,}" for o in outlines]),
-        ("tokens, about", [f"{o.tokens:,}" for o in outlines]),
         ("slices", [f"{o.slices:,}" for o in outlines]),
         ("slices made", [f"{o.slices_made:,}" for o in outlines]),
+        ("text kept, about", [size(o.text_bytes) for o in outlines]),
+        ("documents kept, about", ["?" if o.kept is None else f"{100 * o.kept:.0f} %" for o in outlines]),
+        ("tokens, about", [f"{o.tokens:,}" for o in outlines]),
+        ("time left on one core, about", [_time(o.core_seconds) for o in outlines]),
+        ("  with the config's workers", [f"{_time(o.seconds)} ({o.workers})" for o in outlines]),
+        ("disk for shards, about", [size(o.shard_bytes) for o in outlines]),
+        ("memory of a worker, about", [size(o.worker_bytes) for o in outlines]),
+        ("from a trial on", [size(o.tried_bytes) for o in outlines]),
     ]
     _print_table([o.corpus for o in outlines], rows)
+
+
+def _time(seconds: float | None) -> str:
+    from data_pipeline.progress import duration
+
+    return "?" if seconds is None else duration(seconds)
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> None:

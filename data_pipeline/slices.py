@@ -253,6 +253,7 @@ def _decontaminated(job: Job, document: Document, counts: Counts) -> Iterator[Do
     except BaseException as error:
         if not is_content_error(error):
             raise
+        counts.cleaned_bytes -= text_bytes(document.text)
         _poison(document, error, counts)
         return
     if cut is None:

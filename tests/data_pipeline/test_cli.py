@@ -118,7 +118,17 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     shown = json.loads(command("run", "small.yaml", "--dry-run", "--json", folder=folder).stdout)
     assert shown["mine"]["inputs"] == 1 and shown["mine"]["slices"] == shown["mine"]["slices_made"] == 1
     assert shown["mine"]["input_bytes"] == (folder / "mine.jsonl").stat().st_size
-    assert 5_000 < shown["mine"]["tokens"] < 50_000
+    made = json.loads(command("run", "small.yaml", "--json", folder=folder).stdout)["corpora"]["mine"]
+    assert (
+        shown["mine"]["tokens"] == made["tokens"] and shown["mine"]["core_seconds"] == 0
+    )  # all was tried, all is made
+    assert 0.8 < shown["mine"]["shard_bytes"] / made["bytes"] < 1.6
+    table = command("run", "small.yaml", "out=elsewhere", "--dry-run", folder=folder).stdout
+    assert [line[:34].strip() for line in table.splitlines()[1:]] == [
+        "inputs", "input bytes", "slices", "slices made", "text kept, about", "documents kept, about", "tokens, about",
+        "time left on one core, about", "with the config's workers", "disk for shards, about",
+        "memory of a worker, about", "from a trial on",
+    ]  # fmt: skip
 
 
 def test_tokenizer_says_where_it_is(folder: Path) -> None:
