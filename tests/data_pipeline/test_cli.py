@@ -119,12 +119,11 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     assert shown["mine"]["inputs"] == 1 and shown["mine"]["slices"] == shown["mine"]["slices_made"] == 1
     assert shown["mine"]["input_bytes"] == (folder / "mine.jsonl").stat().st_size
     made = json.loads(command("run", "small.yaml", "--json", folder=folder).stdout)["corpora"]["mine"]
-    assert (
-        shown["mine"]["tokens"] == made["tokens"] and shown["mine"]["core_seconds"] == 0
-    )  # all was tried, all is made
+    assert shown["mine"]["tokens"] == made["tokens"]  # all was tried
+    assert shown["mine"]["core_seconds"] == 0  # all is made
     assert 0.4 < shown["mine"]["shard_bytes"] / made["bytes"] < 1.6  # blocks of 1,024 tokens have much around them
     table = command("run", "small.yaml", "out=elsewhere", "--dry-run", folder=folder).stdout
-    assert [line[:34].strip() for line in table.splitlines()[1:]] == [
+    assert [line[:28].strip() for line in table.splitlines()[1:]] == [
         "inputs", "input bytes", "slices", "slices made", "text kept, about", "documents kept, about", "tokens, about",
         "time left on one core, about", "with the config's workers", "disk for shards, about",
         "memory of a worker, about", "from a trial on",
