@@ -1,6 +1,6 @@
 """How fast are JSON lines read into documents, of one process' CPU time? Ours against json.loads and orjson alone.
 
-    python -m benchmarks.json_lines        # makes 200 MB of documents of 4 kB each; a minute
+python -m benchmarks.json_lines        # makes 200 MB of documents of 4 kB each; a minute
 """
 
 from __future__ import annotations

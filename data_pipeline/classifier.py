@@ -22,8 +22,9 @@ from pydantic import field_validator
 
 from configs import ConfigError, Int, Section
 from data_pipeline.document import Document
-from data_pipeline.sources import Source, TokenFiles
+from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Part, Reading
+from data_pipeline.sources.token_files import TokenFiles
 
 Words = npt.NDArray[np.int64]
 

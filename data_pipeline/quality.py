@@ -70,7 +70,10 @@ class GopherQuality(Section):
     max_symbols: Float = 0.1  # hash signs per word, and ellipses per word
     max_bullet_lines: Float = 0.9  # share of lines that begin with a bullet
     max_ellipsis_lines: Float = 0.3  # share of lines that end with an ellipsis
-    min_alphabetic_words: Float = 0.8  # share of words and signs that have a letter
+    min_alphabetic_words: Float = 0.8  # share of words that have a letter
+    signs_are_words: Bool = (
+        True  # in that share, as in datatrove; false: lists and references weigh less against a text
+    )
     min_stop_words: Int = 2  # different ones; 0 for other languages than the list's
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -87,7 +90,7 @@ class GopherQuality(Section):
             return "short words"
         if mean > self.max_word_length:
             return "long words"
-        return self._of_signs(text) or self._of_lines(text.text.splitlines()) or self._of_words(text)
+        return self._of_signs(text) or self._of_lines(text.text.splitlines()) or self._of_words(text, words)
 
     def _of_signs(self, text: Text) -> str | None:
         count = max(len(text.words), 1)
@@ -105,9 +108,10 @@ class GopherQuality(Section):
             return "lines with ellipses"
         return None
 
-    def _of_words(self, text: Text) -> str | None:
+    def _of_words(self, text: Text, words: int) -> str | None:
         lettered = sum(n for word, n in text.counts.items() if word.isalpha() or any(map(str.isalpha, word)))
-        if lettered / max(len(text.words), 1) < self.min_alphabetic_words:
+        count = len(text.words) if self.signs_are_words else words
+        if lettered / max(count, 1) < self.min_alphabetic_words:
             return "few words with letters"
         if sum(word in text.counts for word in set(self.stop_words)) < self.min_stop_words:
             return "few stop words"

@@ -134,6 +134,13 @@ def test_verdicts_are_datatroves_given_the_same_words(rule: str) -> None:
     assert len(found) >= 4 or rule == "c4"
 
 
+def test_signs_need_not_count_as_words() -> None:
+    text = "The cat, and the dog, and (then) the bird; of these, one! " * 10
+    assert GopherQuality().reason(Text(text)) == "few words with letters"
+    assert GopherQuality(signs_are_words=False).reason(Text(text)) is None
+    assert GopherQuality(signs_are_words=False).reason(Text("the 1 of 2 " * 50)) == "short words"
+
+
 @given(st.lists(st.sampled_from(["the", "of", "cat", "dog", "runs", "x", ".", "\n"]), min_size=1, max_size=200))
 @settings(max_examples=150)
 def test_repetition_is_counted_as_datatrove_counts_it(words: list[str]) -> None:
@@ -142,11 +149,14 @@ def test_repetition_is_counted_as_datatrove_counts_it(words: list[str]) -> None:
         assert OURS["gopher_repetition"](text) == verdict("gopher_repetition", text, "ours")[0]
 
 
-@pytest.mark.parametrize("rule", OURS)
-def test_verdicts_mostly_agree_with_datatroves_own_splitter(rule: str) -> None:
+def test_verdicts_mostly_agree_with_datatroves_own_splitter() -> None:
     real("common_crawl")
-    agree = [(OURS[rule](text) is None) == (verdict(rule, text, "spacy")[0] is None) for text in texts()]
-    assert sum(agree) / len(agree) >= 0.95, f"{sum(agree)} of {len(agree)}"
+    some = [text for text in texts() if len(text) < 5000][::2]
+    for_each = {rule: 0 for rule in OURS}
+    for text in some:
+        for rule in OURS:
+            for_each[rule] += (OURS[rule](text) is None) == (verdict(rule, text, "spacy")[0] is None)
+    assert len(some) >= 40 and all(agree / len(some) >= 0.95 for agree in for_each.values()), (for_each, len(some))
 
 
 @pytest.mark.parametrize(
