@@ -272,7 +272,7 @@ def wikipedia(options: argparse.Namespace, work: Path) -> str:
     lines = [
         "## Wikipedia to token shards, one dump file",
         "",
-        f"One bzip2 stream of {xml / 1e6:.0f} MB of XML ({dump.stat().st_size / 1e6:.0f} MB packed) in {SLICES} slices; "
+        f"One bzip2 stream of {xml / 1e6:.0f} MB of XML ({dump.stat().st_size / 1e6:.0f} MB packed), {SLICES} slices, "
         f"{options.rounds} rounds; reading alone, from bzip2 to text: {alone:.1f} MB of XML per CPU second "
         f"({texts / 1e6:.1f} MB of text of {little / 1e6:.1f} MB).",
         "",
