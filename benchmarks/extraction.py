@@ -1,6 +1,6 @@
 """WARC to token shards against datatrove's WarcReader, Trafilatura and DocumentTokenizer; and Wikipedia's rate.
 
-    python -m benchmarks.extraction --tokenizer tokenizer.json --warc FILES --wikipedia DUMP --peer /tmp/peer/bin/python
+    python -m benchmarks.extraction --peer /tmp/peer/bin/python [--tokenizer FILE --warc FILES --wikipedia DUMP]
 
 The peer lives in an environment of its own, since datatrove wants an old trafilatura (and libmagic must be there):
 
@@ -49,6 +49,10 @@ from data_pipeline.sources.common_crawl import CommonCrawl
 from data_pipeline.sources.inputs import Part, Reading, describe
 from data_pipeline.sources.wikipedia import Wikipedia
 
+DATA = Path(__file__).parents[1] / "../shared/data"  # the real inputs that tests use as well
+TOKENIZER = DATA / "tokenizer/gpt2-tokenizer.json"
+WARCS = [DATA / "common_crawl" / name for name in ("CC-MAIN-2020-34-sample.warc.gz", "site-pages-wget.warc.gz")]
+DUMP = DATA / "wikipedia/enwiki-pages-articles-excerpt.xml.bz2"
 ONE_THREAD = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -292,17 +296,15 @@ def wikipedia(options: argparse.Namespace, work: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Web pages and Wikipedia to token shards, per core.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json, such as GPT-2's")
-    parser.add_argument("--warc", type=Path, nargs="*", default=[], help="packed WARC files with real pages")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="a tokenizer.json, such as GPT-2's")
+    parser.add_argument("--warc", type=Path, nargs="+", default=WARCS, help="packed WARC files with real pages")
     parser.add_argument("--peer", type=Path, help="python of the environment that has datatrove and trafilatura")
-    parser.add_argument("--wikipedia", type=Path, help="a real dump, .xml.bz2")
+    parser.add_argument("--wikipedia", type=Path, default=DUMP, help="a real dump, .xml.bz2")
     parser.add_argument("--pages", type=int, default=1000)
     parser.add_argument("--mb", type=int, default=100, help="of XML")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    if options.warc and options.peer is None:
-        parser.error("--warc needs --peer: the first lines of this file say how to make it")
     options.tokenizer = options.tokenizer.resolve()
     hardware = f"CPU-{os.cpu_count()}-cores"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("resiliparse", "fastwarc"))
@@ -312,10 +314,11 @@ def main() -> None:
         f"average before the run {os.getloadavg()[0]:.1f}.",
     ]
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".benchmark-") as folder:
-        if options.warc:
+        if options.peer is not None:
             parts.append(common_crawl(options, Path(folder)))
-        if options.wikipedia is not None:
-            parts.append(wikipedia(options, Path(folder)))
+        else:
+            parts.append("WARC against datatrove: not run, --peer is not given (the script's first lines say how).")
+        parts.append(wikipedia(options, Path(folder)))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"extraction_{hardware}_{datetime.date.today()}.md"
     path.write_text("\n\n".join(parts) + "\n")

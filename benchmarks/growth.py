@@ -1,6 +1,6 @@
 """Seconds and memory of `data-prep run` as its input grows: text, WARC and a Wikipedia dump, one worker.
 
-    python -m benchmarks.growth --tokenizer tokenizer.json --text FOLDER --warc FILES --wikipedia DUMP [--full]
+    python -m benchmarks.growth [--full] [--tokenizer FILE --text FOLDER --warc FILES --wikipedia DUMP]
 
 Real files are repeated (records and pages under new ids) to 10, 30 and 100 MB of content, with `--full` also to 300 MB
 and 1 GB. Memory is the peak of the largest process (`ru_maxrss`), which is the worker; seconds are CPU time of all
@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.extraction import ONE_THREAD, prepare, records, write_dump, write_warc
+from benchmarks.extraction import DATA, DUMP, ONE_THREAD, TOKENIZER, WARCS, prepare, records, write_dump, write_warc
 
 SIZES = (10, 30, 100)  # MB of content: text, HTML, XML
 MORE_SIZES = (300, 1000)
+KINDS = ("text", "WARC", "Wikipedia")
 LINE_CHARS = 4000
 LIMIT_MB = 1024  # of memory, per worker
 
@@ -68,7 +69,7 @@ def write_lines(path: Path, folder: Path, size: int) -> int:
 
 
 def kinds(options: argparse.Namespace, work: Path) -> dict[str, Callable[[int], tuple[dict[str, Any], int]]]:
-    """For each kind of input that is given: from a size to a source and the bytes of its content."""
+    """For each kind of input that is asked for: from a size to a source and the bytes of its content."""
 
     def text(size: int) -> tuple[dict[str, Any], int]:
         path = work / "text.jsonl"
@@ -85,8 +86,8 @@ def kinds(options: argparse.Namespace, work: Path) -> dict[str, Callable[[int], 
         path = work / "dump.xml.bz2"
         return {"kind": "wikipedia", "paths": [str(path)]}, write_dump(path, options.wikipedia, size)
 
-    given = {"text": (text, options.text), "WARC": (warc, options.warc), "Wikipedia": (wikipedia, options.wikipedia)}
-    return {name: write for name, (write, files) in given.items() if files}
+    writers = {"text": text, "WARC": warc, "Wikipedia": wikipedia}
+    return {kind: writers[kind] for kind in options.kinds}
 
 
 def grow(options: argparse.Namespace, sizes: list[int]) -> list[Run]:
@@ -156,10 +157,11 @@ def plot(runs: list[Run], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds and memory of data-prep as its input grows.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json, such as GPT-2's")
-    parser.add_argument("--text", type=Path, help="a folder of .txt files")
-    parser.add_argument("--warc", type=Path, nargs="*", default=[], help="packed WARC files with real pages")
-    parser.add_argument("--wikipedia", type=Path, help="a real dump, .xml.bz2")
+    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="a tokenizer.json, such as GPT-2's")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS)
+    parser.add_argument("--text", type=Path, default=DATA / "books", help="a folder of .txt files")
+    parser.add_argument("--warc", type=Path, nargs="+", default=WARCS, help="packed WARC files with real pages")
+    parser.add_argument("--wikipedia", type=Path, default=DUMP, help="a real dump, .xml.bz2")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="MB of content, two or more")
     parser.add_argument("--full", action="store_true", help="also 300 MB and 1 GB")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
