@@ -98,6 +98,7 @@ def _corpus(manifest: Manifest, tokenizer: Tokenizer, notes: Notes, other: Token
     head, counts = manifest.head, manifest.head["counts"]
     config = head["config"]
     tokens = sum(counts["tokens"].values())
+    here = _tars_are_here(manifest)
     return {
         "corpus": head["corpus"],
         "about": notes.get("about"),
@@ -117,7 +118,7 @@ def _corpus(manifest: Manifest, tokenizer: Tokenizer, notes: Notes, other: Token
         "blocks": _total(manifest, "blocks", "train"),
         "block_tokens": manifest.format.block_tokens,
         "tokens_per_character": _ratio(tokens, counts["characters"]),
-        "compared": None if other is None else _compared(manifest, tokenizer, other),
+        "compared": None if other is None or not here else _compared(manifest, tokenizer, other),
         "steps": steps(counts),
         "set_aside": counts["set_aside"],
         "dropped": _dropped(manifest, counts),
@@ -125,7 +126,7 @@ def _corpus(manifest: Manifest, tokenizer: Tokenizer, notes: Notes, other: Token
         "languages_looked_at": counts["languages_looked_at"],
         "length_characters": counts["length_characters"],
         "length_tokens": counts["length_tokens"],
-        "samples": [_shown(sample) for sample in samples(manifest, tokenizer, "train", SAMPLES)],
+        "samples": [_shown(sample) for sample in samples(manifest, tokenizer, "train", SAMPLES)] if here else [],
         "inputs": _inputs(manifest),
         "settings": config,
         "encoder": head["encoder"],
@@ -136,6 +137,12 @@ def _corpus(manifest: Manifest, tokenizer: Tokenizer, notes: Notes, other: Token
             "generations_sha256": [generation["identity"] for generation in manifest.generations],
         },
     }
+
+
+def _tars_are_here(manifest: Manifest) -> bool:
+    """Not those that were published, and then removed."""
+    names = zip(manifest.table["slice"].to_pylist(), manifest.table["name"].to_pylist(), strict=True)
+    return all((manifest.folder / "slices" / slice / f"{name}.tar").is_file() for slice, name in names)
 
 
 def steps(counts: Mapping[str, Any]) -> list[dict[str, Any]]:

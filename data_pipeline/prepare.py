@@ -26,7 +26,7 @@ from typing import Any, Self
 import xxhash
 from pydantic import field_validator, model_validator
 
-from configs import ConfigError, Int, Section, differences, load
+from configs import Bool, ConfigError, Int, Section, differences, load
 from data_pipeline import card as data_card
 from data_pipeline import shards
 from data_pipeline.classifier import Judge, QualityClassifier
@@ -40,6 +40,7 @@ from data_pipeline.language import file_sha256
 from data_pipeline.lease import Lease, holder
 from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block, compare, cut
 from data_pipeline.progress import Display, Progress, size
+from data_pipeline.publish import check_address, is_published, publish_rest
 from data_pipeline.shards import RECORD, Format, Manifest, SealedSlice, ShardRecord, seal
 from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_leftovers
 from data_pipeline.sources import Source
@@ -75,6 +76,16 @@ class Preparation(Section):
     block_tokens: Int | None = None  # a power of two; None: chosen at plan time so that tails stay under 1 %
     workers: Int = 1  # processes on this machine
     card: data_card.Card = data_card.Card()
+    publish: str | None = None  # s3://bucket/prefix or a folder: finished slices go there as well, the manifests last
+    keep_local: Bool = True  # false: the tars of slices that were sent are removed here
+
+    @model_validator(mode="after")
+    def _sent_before_removed(self) -> Self:
+        if self.publish is not None:
+            check_address(self.publish)
+        elif not self.keep_local:
+            raise ValueError("keep_local: expected true, since nothing is published (publish is not set)")
+        return self
 
     @field_validator("corpora")
     @classmethod
@@ -325,6 +336,8 @@ def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer
         encoder=tokenizer.encoder,
         plan=plan,
         versions=_versions(),
+        publish=preparation.publish,
+        keep_local=preparation.keep_local,
     )
 
 
@@ -612,7 +625,7 @@ def _stages(jobs: Sequence[Job]) -> dict[str, int]:
 
 def _missing(jobs: Sequence[Job], stage: str) -> Iterator[int]:
     if stage == "seal":
-        yield from [0] * any(_sealed(job.folder) is None for job in jobs)
+        yield from [0] * any(_sealed(job.folder) is None or not is_published(job) for job in jobs)
         return
     made = (job.is_made(slice) for job in jobs for slice in job.plan.slices)
     yield from (number for number, is_made in enumerate(made) if not is_made)
@@ -670,6 +683,8 @@ def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
                 *(summary.corpus, f"{summary.documents:,}", preparation.validation.fraction),
             )
     write_card(preparation)
+    if preparation.publish is not None:
+        publish_rest(preparation.out, jobs)
 
 
 def write_card(preparation: Preparation) -> Path:

@@ -83,6 +83,8 @@ class Job:
     encoder: Encoder
     plan: Plan
     versions: dict[str, str]  # of the libraries that shape the text
+    publish: str | None = None  # where finished slices are sent
+    keep_local: bool = True  # the tars of those
 
     def folder_of(self, slice: Slice) -> Path:
         return self.folder / "slices" / slice.name

@@ -22,6 +22,7 @@ from configs import ConfigError
 from data_pipeline.failures import forget_failure, record_failure
 from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
+from data_pipeline.publish import publish_slice
 from data_pipeline.shards import ShardError
 from data_pipeline.slices import Job, make_slice, said
 from data_pipeline.sources.inputs import InputError
@@ -229,6 +230,8 @@ def _worker(pipe: Connection, jobs: Sequence[Job]) -> None:
             job = jobs[task.job]
             try:
                 made_here = make_slice(job, job.plan.slices[task.slice], tokenizer, tell)
+                if made_here and job.publish is not None:
+                    publish_slice(job, job.plan.slices[task.slice])
             except (InputError, ConfigError, ShardError) as error:
                 pipe.send(("failed", f"{job.corpus}: {error}"))
             except OSError as error:

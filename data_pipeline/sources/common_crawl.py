@@ -81,6 +81,7 @@ def _documents(member: Member, reading: Reading) -> Iterator[Document]:
     from fastwarc.warc import ArchiveIterator
 
     place, records, stream = member.offset, 0, _Tail(member)
+    is_aside = False  # the last record
     held: Document | None = None  # until what follows, or the end of the member, has been read without damage
     try:
         for record in ArchiveIterator(cast(BinaryIO, stream), parse_http=False):
@@ -88,7 +89,9 @@ def _documents(member: Member, reading: Reading) -> Iterator[Document]:
                 yield held
             records += 1
             place = member.offset + (0 if member.packing else record.stream_pos)
+            aside = reading.set_aside.total()
             held = _document(record, place, reading)
+            is_aside = reading.set_aside.total() > aside
     except OSError as error:
         if not is_content_error(error):
             raise
@@ -96,7 +99,8 @@ def _documents(member: Member, reading: Reading) -> Iterator[Document]:
             if held is not None:
                 yield held
             raise Damage(place, f"not a WARC record here, or behind it ({error})") from None
-        reading.put_aside("damaged record", f"member at byte {place}")
+        if not is_aside:  # whose body spoilt what comes behind it
+            reading.put_aside("damaged record", f"member at byte {place}")
     if held is not None:
         yield held
     if member.packing is None and not (stream.is_whole() and records):
