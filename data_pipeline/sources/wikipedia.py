@@ -288,7 +288,7 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
     stay as text. (mwparserfromhell builds a tree of Python objects at 1 MB/s; this takes a fraction of that.)
     """
     verbatim = Verbatim()
-    text = _COMMENT.sub("", _RESERVED.sub("", wikitext))
+    text = _COMMENT.sub("", wikitext.replace("\0", "").replace(GAP, ""))
     text = _fold_tags(text, verbatim)
     text = _without_tables(text)
     text = _EXTERNAL_LINK.sub(lambda m: m["label"] or GAP, text)
@@ -300,15 +300,12 @@ def plain_text(wikitext: str, file_prefixes: frozenset[str], leave_out: frozense
     text = _TAG.sub("", text)
     text = _QUOTES.sub("", text)
     text = _MAGIC_WORD.sub("", text)
-    text = _RAISED.sub(_raised, _STACKED.sub(r" \1/\2", text))
+    text = _RAISED.sub(_raised, _STACKED.sub(_stacked, text))
     text = html.unescape(text)
-    for wrong, right in _TYPESETTING:
-        text = wrong.sub(right, text)
-    return verbatim.restore(_without_hollow_sections(_lines(text), leave_out)).strip()
+    return verbatim.restore(_without_hollow_sections(_lines(_typeset(text)), leave_out)).strip()
 
 
-GAP = "\1"  # stands where something was left out, until it is clear what to do with the space around it
-_RESERVED = re.compile(r"[\0\1]")  # ours; XML cannot hold them
+GAP = "\1"  # where something was left out, until it is clear what to do with the space around it; XML cannot hold any
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _VERBATIM = ["nowiki", "math", "chem", "ce", "pre", "syntaxhighlight", "source"]
 _LEFT_OUT = (
@@ -326,13 +323,20 @@ _BREAK_TAG = re.compile(
 )
 _ITEM_TAG = re.compile(r"<(?:li|dd|dt)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?(?!su[bp]\b)[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
-_QUOTES = re.compile(r"'{2,}")
+_QUOTES = re.compile("''+")
 _MAGIC_WORD = re.compile(r"__[^\W\da-z]{3,40}?__")
-_TYPESETTING = [  # of many authors; a gap may have left some
-    (re.compile(r"(?<=\S)[ \t]{2,}"), " "),
-    (re.compile(r"(?<![ \xa0])[ \xa0]++(?=[,.](?:\s|$)|\))"), ""),
-    (re.compile(r"\([ \xa0]++"), "("),
-]
+_SPACES, _SPACE_BEFORE = re.compile("  +"), (re.compile(r" ,(?=\s|\Z)"), re.compile(r" \.(?=\s|\Z)"))
+
+
+def _typeset(text: str) -> str:
+    """Without the spaces that many authors leave, and gaps: two in a row, before a comma, inside of parentheses.
+
+    (Every pattern begins with two characters of its own: one for each space would take as long as all the rest.)
+    """
+    text = _SPACES.sub(lambda m: m[0] if text[m.start() - 1 : m.start()] in ("", "\n") else " ", text)
+    for pattern in _SPACE_BEFORE:
+        text = pattern.sub(lambda m: m[0][1:], text)
+    return text.replace(" )", ")").replace("( ", "(")
 
 
 def _without_gaps(text: str) -> str:
@@ -380,8 +384,14 @@ def _variant(match: re.Match[str]) -> str:
     return next((texts[code] for code in ("zh-hans", "zh-cn") if code in texts), next(iter(texts.values())))
 
 
-_STACKED = re.compile(r"(?<=\d)<sup>(\d+)</sup>[/⁄]<sub>(\d+)</sub>", re.IGNORECASE)  # 1¾
+_STACKED = re.compile(r"<sup>(\d+)</sup>[/⁄]<sub>(\d+)</sub>")
 _RAISED = re.compile(r"<(su[bp])\b[^<>]*>([^<>]*)</\1\s*>|</?su[bp]\b[^<>]*>", re.IGNORECASE)
+
+
+def _stacked(match: re.Match[str]) -> str:
+    """A fraction: 1 3/4."""
+    is_mixed = match.string[match.start() - 1 : match.start()].isdigit()
+    return f"{' ' if is_mixed else ''}{match[1]}/{match[2]}"
 
 
 def _raised(match: re.Match[str]) -> str:
