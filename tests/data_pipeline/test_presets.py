@@ -28,6 +28,7 @@ def test_gpt3s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lambada = REAL / "eval/lambada_openai.jsonl"
     row = json.loads(lambada.read_text(encoding="utf-8").splitlines()[7])
     (tmp_path / "web.txt").write_text(f"{book[5000:9000]} {row['context']} {row['continuation']} {book[9000:13000]}")
+    (tmp_path / "answer.txt").write_text(f"{row['context']} {row['continuation']} Write to a@b.example.org.")
     (tmp_path / "book.txt").write_text(book)
     wikipedia = f"[{{kind: text_files, paths: [{tmp_path}/book.txt, {tmp_path}/web.txt]}}]"
     monkeypatch.chdir(tmp_path)
@@ -38,7 +39,8 @@ def test_gpt3s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             f"out={tmp_path}/out",
             f"tokenizer.path={real('tokenizer/gpt2-tokenizer.json')}",
             f"corpora={{common_crawl: {{kind: common_crawl, paths: [{crawl}]}}, "
-            f"webtext2: {{kind: text_files, paths: [{tmp_path}/web.txt]}}}}",
+            f"webtext2: {{kind: text_files, paths: [{tmp_path}/web.txt, {tmp_path}/answer.txt]}}}}",
+            "clean.mask=[email]",
             f"classifier.positives={wikipedia}",
             f"classifier.negatives=[{{kind: common_crawl, paths: [{crawl}]}}]",
             f"decontamination.sets={{lambada: {{paths: [{lambada}], fields: [context, continuation]}}}}",
@@ -49,7 +51,9 @@ def test_gpt3s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged, cut = head(preparation, "common_crawl"), head(preparation, "webtext2")
     assert judged["counts"]["dropped"]["classifier: low quality"] >= 5
     assert judged["config"]["classifier"]["pareto"] == 9 and cut["config"]["classifier"] is None
-    assert cut["counts"]["documents"] == {"train": 2} and cut["counts"]["read"] == 1
+    assert cut["counts"]["documents"] == {"train": 2} and cut["counts"]["read"] == 2
+    assert cut["counts"]["dropped"] == {"decontamination: no piece long enough": 1}
+    assert cut["counts"]["masked"] == {"email": 1}
     counts = cut["counts"]["decontaminated"]
     assert (counts["documents"], counts["pieces"]) == (1, 2)
     assert 400 + len(row["context"]) <= counts["characters"] <= 410 + len(row["context"]) + len(row["continuation"])
