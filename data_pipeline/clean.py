@@ -87,7 +87,7 @@ def _tidied(text: str) -> str:
         text = text.replace("\u00a0", " ")
     if not text.isascii() or len(text.encode().translate(None, _ODD_ASCII)) != len(text):
         text = _ODD.sub(lambda odd: _PLAIN.get(odd[0], ""), text)
-    if " \n" in text or "\t\n" in text:
+    if " \n" in text or ("\t" in text and "\t\n" in text):  # one character is looked for ten times as fast as two
         text = "\n".join([line.rstrip(" \t") for line in text.split("\n")])
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
