@@ -122,6 +122,8 @@ def _corpus(manifest: Manifest, tokenizer: Tokenizer, notes: Notes, other: Token
         "steps": steps(counts),
         "set_aside": counts["set_aside"],
         "dropped": _dropped(manifest, counts),
+        "masked": counts.get("masked", {}),
+        "decontaminated": counts.get("decontaminated", {}),
         "languages": counts["languages"],
         "languages_looked_at": counts["languages_looked_at"],
         "length_characters": counts["length_characters"],

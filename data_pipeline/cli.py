@@ -232,9 +232,10 @@ def _show_dropped(manifests: Sequence[Manifest], rule: str, limit: int, as_json:
         print(json.dumps(shown, indent=1, ensure_ascii=False))
         return
     for row in shown:
+        stays = row.get("stays")  # of a duplicate: the document that is kept
         lines = [
             f"--- {row['corpus']}: {row['id']}  {row['uri']}",
-            f"    {row['reason']}, {row['characters']:,} characters",
+            f"    {row['reason']}, {row['characters']:,} characters" + (f"; stays: {stays}" if stays else ""),
             f"    from {row['input']} at byte {row['offset']}",
             "    (its text was not kept)\n" if row["text"] is None else f"{row['text']}\n",
         ]

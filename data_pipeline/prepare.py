@@ -600,6 +600,8 @@ def _count(jobs: Sequence[Job], stage: str) -> int:
 
 def make_jobs(preparation: Preparation) -> list[Job]:
     """The tokenizer, and a planned job for each corpus."""
+    if (other := preparation.card.compare_tokenizer) is not None and not other.is_file():
+        raise ConfigError(f"card.compare_tokenizer: {other}: no such file")  # now, not when all the work is done
     tokenizer = make_tokenizer(preparation)
     return [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
 

@@ -6,14 +6,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 import yaml
 
 import configs
+from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.card import columns, power, share, short, steps
 from data_pipeline.counts import Totals
 from data_pipeline.prepare import Preparation
+from data_pipeline.samples import excerpts
+from data_pipeline.shards import Manifest
 from tests.data_pipeline.inputs import sentences
 
 EVIL = "<script>document.documentElement.dataset.ran = 'yes'</script><img src=x onerror=\"document.title='ran'\">"
@@ -152,6 +156,21 @@ def test_tokenizers_are_compared_on_the_same_text(folder: Path) -> None:
     )
     prepare.write_card(load(folder))
     assert card(folder)["corpora"][0]["compared"] is None
+
+
+def test_a_tokenizer_to_compare_with_is_asked_for_before_the_work(folder: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        prepare.run(load(folder, "card.compare_tokenizer=none.json", f"out={folder / 'other'}"))
+    assert str(error.value) == "card.compare_tokenizer: none.json: no such file"
+
+
+def test_excerpts_come_from_all_over_a_corpus(folder: Path) -> None:
+    manifest = Manifest.open(folder / "out/mine")
+    tokenizer = prepare.folder_tokenizer(manifest)
+    train = manifest.table.filter(pc.equal(manifest.table["split"], "train"))
+    rows = sum(train["blocks"].to_pylist()) + 1  # and the tail
+    assert 5 < rows == len(set(excerpts(manifest, tokenizer, "train", 1000, 100)))
+    assert len(set(excerpts(manifest, tokenizer, "train", 3, 100))) == 3
 
 
 def test_a_funnel_has_what_raised_first_and_what_was_cut_out_last() -> None:
