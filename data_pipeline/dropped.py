@@ -36,6 +36,7 @@ TABLE = pa.schema(
         ("language", pa.string()),  # where it was known
         ("characters", pa.uint32()),  # of the text when it was dropped
         ("text", pa.string()),  # its beginning, or null
+        ("stays", pa.string()),  # of a duplicate: `corpus: id` of the document that stays
     ]
 )
 
@@ -49,7 +50,17 @@ class Dropped:
         self._smallest: dict[str, list[int]] = {}  # reason -> the smallest hashes so far
         self._writer: pq.ParquetWriter | None = None
 
-    def add(self, document: Document, reason: str) -> None:
+    def begin_with(self, folder: Path) -> None:
+        """Take over what another folder has, as the first rows."""
+        if (folder / DROPPED).is_file():
+            with pq.ParquetFile(folder / DROPPED) as file:
+                for batch in file.iter_batches(ROWS):
+                    self._rows = batch.to_pylist()
+                    for row in self._rows:
+                        self._is_example(row["id"], row["reason"])
+                    self._write()
+
+    def add(self, document: Document, reason: str, stays: str | None = None) -> None:
         """Keep where a document lies that is not taken, and why."""
         text, meta = document.text, document.meta
         kept = text[:EXAMPLE_CHARS] if self._is_example(document.id, reason) else None
@@ -63,6 +74,7 @@ class Dropped:
                 "language": meta.get("language"),
                 "characters": len(text),
                 "text": None if kept is None else _writable(kept),
+                "stays": stays,
             }
         )
         if len(self._rows) >= ROWS:

@@ -28,11 +28,12 @@ from pydantic import field_validator, model_validator
 
 from configs import Bool, ConfigError, Int, Section, differences, load
 from data_pipeline import card as data_card
-from data_pipeline import shards
+from data_pipeline import duplicates, shards
 from data_pipeline.classifier import Judge, QualityClassifier
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Totals
 from data_pipeline.decontaminate import Decontamination
+from data_pipeline.dedup import Dedup
 from data_pipeline.estimate import memory_bytes, tried
 from data_pipeline.failures import failures, forget_failures
 from data_pipeline.filters import Filters
@@ -42,10 +43,11 @@ from data_pipeline.plan import BYTES_PER_TOKEN, PLAN, Plan, Slice, chosen_block,
 from data_pipeline.progress import Display, Progress, size
 from data_pipeline.publish import check_address, is_published, publish_rest
 from data_pipeline.shards import RECORD, Format, Manifest, SealedSlice, ShardRecord, seal
-from data_pipeline.slices import Job, Validation, slice_record, sweep, sweep_leftovers
+from data_pipeline.slices import Job, Validation, Work, slice_record, sweep, sweep_leftovers
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.sources.token_files import TokenFiles
+from data_pipeline.stages import remove_texts, works
 from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, choose_encoder, train
 from data_pipeline.work import Done, Task, Unfinished, WorkError, work
 
@@ -68,6 +70,7 @@ class Preparation(Section):
     corpora: dict[str, Source]
     clean: Clean = Clean()
     filters: Filters = Filters()
+    dedup: Dedup | None = None
     classifier: QualityClassifier | None = None
     decontamination: Decontamination | None = None
     validation: Validation = Validation()
@@ -290,12 +293,19 @@ def identity(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> dic
         "filters": preparation.filters.identity(),
         "classifier": _judgment(preparation, corpus),
         "decontamination": preparation.decontamination.identity() if preparation.decontamination else None,
+        "dedup": _dedup_identity(preparation.dedup),
         "validation": preparation.validation.model_dump(mode="json"),
         "slice_bytes": preparation.slice_bytes,
         "shard_bytes": preparation.shard_bytes,
         "block_tokens": preparation.block_tokens,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
     }
+
+
+def _dedup_identity(dedup: Dedup | None) -> dict[str, Any] | None:
+    if dedup is None:
+        return None
+    return {**dedup.model_dump(mode="json", exclude={"keep_texts"}), "version": dedup.version}
 
 
 def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job:
@@ -338,6 +348,7 @@ def _job(preparation: Preparation, corpus: str, plan: Plan, tokenizer: Tokenizer
         versions=_versions(),
         publish=preparation.publish,
         keep_local=preparation.keep_local,
+        from_texts=preparation.dedup is not None and not isinstance(preparation.source(corpus), TokenFiles),
     )
 
 
@@ -540,11 +551,11 @@ def summarized(manifest: Manifest) -> Summary:
 def run(preparation: Preparation) -> list[Summary]:
     """Do what is missing of a preparation, and say what became of each corpus. Raises WorkError, ConfigError."""
     jobs = make_jobs(preparation)
-    for stage, tasks in _stages(jobs).items():
+    for stage, tasks in _stages(preparation, jobs).items():
         done = Done()
         _work_on(preparation, jobs, stage, range(tasks), done)
         done.check()
-    return [summarized(seal_corpus(job)) for job in jobs]
+    return [summarized(Manifest.open(job.folder)) for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -562,13 +573,16 @@ def stages(preparation: Preparation) -> list[Stage]:
     The number of tasks depends on the plan alone, so that all stages can be queued at once.
     """
     jobs = make_jobs(preparation)
-    return [Stage(name, tasks, tuple(_missing(jobs, name))) for name, tasks in _stages(jobs).items()]
+    return [
+        Stage(name, tasks, tuple(_missing(preparation, jobs, name)))
+        for name, tasks in _stages(preparation, jobs).items()
+    ]
 
 
 def run_stage(preparation: Preparation, name: str, first: int, last: int) -> None:
     """Do what is missing of a stage's tasks `first` to `last`: a part of an array of jobs. Raises as `run`."""
     jobs = make_jobs(preparation)
-    count = _count(jobs, name)
+    count = _count(preparation, jobs, name)
     if not 0 <= first <= last < count:
         raise ConfigError(f"--tasks {first}-{last}: the stage {name} has the tasks 0-{count - 1}")
     done = Done()
@@ -582,7 +596,7 @@ def run_share(preparation: Preparation, name: str, share: int, of: int, done: Do
     What others are at or have failed at is left alone, so that the tasks of an array need not wait for each other.
     """
     jobs = planned_jobs(preparation)
-    count = _count(jobs, name)
+    count = _count(preparation, jobs, name)
     first, last = count * share // of, count * (share + 1) // of
     others = [*range(first)[::-1], *range(last, count)[::-1]]  # from their ends, which their own tasks come to last
     for numbers in (range(first, last), others):
@@ -590,9 +604,9 @@ def run_share(preparation: Preparation, name: str, share: int, of: int, done: Do
     done.check()
 
 
-def _count(jobs: Sequence[Job], stage: str) -> int:
+def _count(preparation: Preparation, jobs: Sequence[Job], stage: str) -> int:
     """How many tasks a stage has. Raises ConfigError where there is no such stage."""
-    tasks = _stages(jobs)
+    tasks = _stages(preparation, jobs)
     if stage not in tasks:
         raise ConfigError(f"--stage {stage}: expected {' or '.join(tasks)}")
     return tasks[stage]
@@ -603,7 +617,22 @@ def make_jobs(preparation: Preparation) -> list[Job]:
     if (other := preparation.card.compare_tokenizer) is not None and not other.is_file():
         raise ConfigError(f"card.compare_tokenizer: {other}: no such file")  # now, not when all the work is done
     tokenizer = make_tokenizer(preparation)
-    return [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+    jobs = [make_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
+    if preparation.dedup is not None:
+        _plan_duplicates(preparation, jobs, preparation.dedup)
+    return jobs
+
+
+def _plan_duplicates(preparation: Preparation, jobs: Sequence[Job], dedup: Dedup) -> None:
+    marked = [job for job in jobs if job.from_texts]
+    corpora = {job.corpus: (job.plan, _sealed_generations(job.folder, job.plan)) for job in marked}
+    inputs = {(job.corpus, part.input) for job in marked for slice in job.plan.slices for part in slice.parts}
+    text_bytes = sum(preparation.source(corpus).text_bytes(input) for corpus, input in inputs)
+    with Lease.wait(preparation.out / ".duplicates.lease", log.info):
+        duplicates.plan_round(preparation.out, dedup, corpora, text_bytes)
+        for stage in BEFORE_SLICES:
+            for each in works(jobs, preparation.out, dedup, stage):
+                sweep(each)
 
 
 def planned_jobs(preparation: Preparation) -> list[Job]:
@@ -617,19 +646,31 @@ def planned_jobs(preparation: Preparation) -> list[Job]:
 def stage_widths(preparation: Preparation) -> dict[str, int | None]:
     """The stages of a configuration in their order, before anything is planned, with the number of their tasks where
     the plan does not decide it."""
-    return {"slices": None, "seal": 1}
+    before = {"texts": None, "buckets": None, "clusters": 1} if preparation.dedup is not None else {}
+    return {**before, "slices": None, "seal": 1}
 
 
-def _stages(jobs: Sequence[Job]) -> dict[str, int]:
+BEFORE_SLICES = ("texts", "buckets", "clusters")  # stages where duplicates are sought
+
+
+def _works(preparation: Preparation, jobs: Sequence[Job], stage: str) -> Sequence[Work]:
+    """What a stage has to make; its tasks are the slices of these, one after the other."""
+    return jobs if preparation.dedup is None else works(jobs, preparation.out, preparation.dedup, stage)
+
+
+def _stages(preparation: Preparation, jobs: Sequence[Job]) -> dict[str, int]:
     """How many tasks each stage has."""
-    return {"slices": sum(len(job.plan.slices) for job in jobs), "seal": 1}
+    names = [*(BEFORE_SLICES if preparation.dedup is not None else ()), "slices"]
+    return {name: sum(len(each.plan.slices) for each in _works(preparation, jobs, name)) for name in names} | {
+        "seal": 1
+    }
 
 
-def _missing(jobs: Sequence[Job], stage: str) -> Iterator[int]:
+def _missing(preparation: Preparation, jobs: Sequence[Job], stage: str) -> Iterator[int]:
     if stage == "seal":
         yield from [0] * any(_sealed(job.folder) is None or not is_published(job) for job in jobs)
         return
-    made = (job.is_made(slice) for job in jobs for slice in job.plan.slices)
+    made = (each.is_made(slice) for each in _works(preparation, jobs, stage) for slice in each.plan.slices)
     yield from (number for number, is_made in enumerate(made) if not is_made)
 
 
@@ -643,21 +684,29 @@ def _work_on(
 ) -> None:
     """Do what is missing of some tasks of a stage."""
     if stage == "seal":
-        _seal(preparation, jobs)
+        _seal(preparation, [job for job in _works(preparation, jobs, "slices") if isinstance(job, Job)])
         return
-    tasks = [Task(j, s) for j, job in enumerate(jobs) for s in range(len(job.plan.slices))]
+    every = _works(preparation, jobs, stage)
+    tasks = [Task(j, s) for j, each in enumerate(every) for s in range(len(each.plan.slices))]
     mine = [tasks[number] for number in numbers]
-    with Display("prepare") as display:
-        work(jobs, _left(jobs, mine), preparation.workers, display, done, wait_for_others)
+    with Display(stage) as display:
+        work(every, _left(every, mine), preparation.workers, display, done, wait_for_others)
 
 
-def _left(jobs: Sequence[Job], tasks: Sequence[Task]) -> list[Task]:
-    """Those that are neither made nor failed, by one look at each folder: planning has removed what does not fit."""
-    names = [{path.name for path in (job.folder / "slices").iterdir()} for job in jobs]
+def _left(every: Sequence[Work], tasks: Sequence[Task]) -> list[Task]:
+    """Those that are neither made nor failed, by one look at each folder: planning has removed what does not fit.
+
+    A slice without its duplicates may have become another since, which only its record tells.
+    """
+    names = [{path.name for path in (each.folder / each.stage).iterdir()} for each in every]
+    failed = [{failure.slice for failure in failures(each.folder)} for each in every]
 
     def is_left(task: Task) -> bool:
-        name = jobs[task.job].plan.slices[task.slice].name
-        return name not in names[task.job] and f".{name}.failed" not in names[task.job]
+        each = every[task.job]
+        slice = each.plan.slices[task.slice]
+        by_record = not isinstance(each, Job) or each.from_texts
+        is_made = each.is_made(slice) if by_record else slice.name in names[task.job]
+        return not is_made and slice.name not in failed[task.job]
 
     return [task for task in tasks if is_left(task)]
 
@@ -684,6 +733,10 @@ def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
                 "%s: none of its %s documents fell to validation (fraction %s); raise the fraction to evaluate on it",
                 *(summary.corpus, f"{summary.documents:,}", preparation.validation.fraction),
             )
+    if preparation.dedup is not None and not preparation.dedup.keep_texts:
+        for texts in works(jobs, preparation.out, preparation.dedup, "texts"):
+            remove_texts(texts)
+        duplicates.remove_what_is_done(preparation.out)
     write_card(preparation)
     if preparation.publish is not None:
         publish_rest(preparation.out, jobs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,29 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from configs import Float, Int, Section
+from configs import ConfigError, Float, Int, Section
 from data_pipeline.classifier import Judge
 from data_pipeline.clean import Clean
 from data_pipeline.counts import Counts, text_bytes
 from data_pipeline.decontaminate import Decontamination, pieces_of
+from data_pipeline.dedup import TEXTS, read_texts
 from data_pipeline.document import Document
 from data_pipeline.dropped import Dropped
+from data_pipeline.duplicates import DropList, read_drops
+from data_pipeline.failpoints import fail_at
 from data_pipeline.filters import Filters
 from data_pipeline.lease import Lease, holder, remove_dead
 from data_pipeline.plan import Plan, Slice
-from data_pipeline.shards import RECORD, Format, ShardRecord, SliceWriter, Split, sync_folder, write_durably
+from data_pipeline.shards import (
+    RECORD,
+    Format,
+    ShardRecord,
+    SliceWriter,
+    Split,
+    file_hash,
+    sync_folder,
+    write_durably,
+)
 from data_pipeline.sources import Source
 from data_pipeline.sources.inputs import (
     MAX_NOTES,
@@ -66,12 +78,42 @@ class Validation(Section):
         return "validation" if place < self.fraction else "train"
 
 
-@dataclass(frozen=True)
-class Job:
-    """A planned corpus, with what is needed to make its slices."""
+Tell = Callable[[int, int], None]  # (input bytes, documents) of the slice so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A stage of a preparation: of each slice of a plan it makes a folder, whole or absent."""
 
     folder: Path
     corpus: str
+    stage: str
+    tokenizer: Path
+    encoder: Encoder = "tokenizers"
+    plan: Plan
+
+    def folder_of(self, slice: Slice) -> Path:
+        return self.folder / self.stage / slice.name
+
+    def lease_of(self, slice: Slice) -> Path:
+        return self.folder / self.stage / f".{slice.name}.lease"
+
+    def record(self, slice: Slice) -> dict[str, Any] | None:
+        return slice_record(self.folder, self.plan, slice, self.stage)
+
+    def is_made(self, slice: Slice) -> bool:
+        return self.record(slice) is not None
+
+    def write(self, slice: Slice, folder: Path, tokenizer: Tokenizer, tell: Tell) -> None:
+        """Fill the folder; the record comes last."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """A planned corpus, with what is needed to make its slices."""
+
+    stage: str = "slices"
     source: Source
     clean: Clean
     filters: Filters
@@ -79,30 +121,25 @@ class Job:
     decontamination: Decontamination | None
     validation: Validation
     format: Format
-    tokenizer: Path
-    encoder: Encoder
-    plan: Plan
     versions: dict[str, str]  # of the libraries that shape the text
     publish: str | None = None  # where finished slices are sent
     keep_local: bool = True  # the tars of those
-
-    def folder_of(self, slice: Slice) -> Path:
-        return self.folder / "slices" / slice.name
-
-    def lease_of(self, slice: Slice) -> Path:
-        return self.folder / "slices" / f".{slice.name}.lease"
+    from_texts: bool = False  # slices are made of the texts that an earlier stage left, without the duplicates
+    drops: Mapping[str, DropList] | None = None  # by slice, where they are known: the documents that go
 
     def record(self, slice: Slice) -> dict[str, Any] | None:
-        return slice_record(self.folder, self.plan, slice)
+        """With another list of duplicates than now, a slice is not made."""
+        record, drops = super().record(slice), (self.drops or {}).get(slice.name)
+        return record if record is None or drops is None or record.get("duplicates") == drops.hash else None
 
-    def is_made(self, slice: Slice) -> bool:
-        return self.record(slice) is not None
+    def write(self, slice: Slice, folder: Path, tokenizer: Tokenizer, tell: Tell) -> None:
+        _write(self, slice, tokenizer, folder, tell)
 
 
-def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | None:
+def slice_record(folder: Path, plan: Plan, slice: Slice, stage: str = "slices") -> dict[str, Any] | None:
     """The record of a made slice; None for one that is not made, or was made from another plan."""
     try:
-        record = json.loads((folder / "slices" / slice.name / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / stage / slice.name / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     fits = isinstance(record, dict) and record.get("identity") == slice.identity(plan)
@@ -111,10 +148,8 @@ def slice_record(folder: Path, plan: Plan, slice: Slice) -> dict[str, Any] | Non
 
 # --- one slice ------------------------------------------------------------------------------------------------------
 
-Tell = Callable[[int, int], None]  # (input bytes, documents) of the slice so far
 
-
-def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool:
+def make_slice(job: Work, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool:
     """Make a slice unless it is made or another process is at it. True when it was made here."""
     if job.is_made(slice):
         return False
@@ -124,10 +159,12 @@ def make_slice(job: Job, slice: Slice, tokenizer: Tokenizer, tell: Tell) -> bool
     with lease:
         if job.is_made(slice):
             return False
-        temporary = job.folder / "slices" / f".tmp-{slice.name}-{lease.owner.token}"
+        temporary = job.folder / job.stage / f".tmp-{slice.name}-{lease.owner.token}"
         temporary.mkdir()
         try:
-            _write(job, slice, tokenizer, temporary, tell)
+            fail_at(f"{job.stage}.begun")
+            job.write(slice, temporary, tokenizer, tell)
+            fail_at(f"{job.stage}.written")
             return _publish(job, slice, temporary)
         except FileNotFoundError:
             if temporary.exists():
@@ -165,7 +202,7 @@ def _write_with(job: Job, slice: Slice, tokenizer: Tokenizer, folder: Path, tell
     write_durably(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _publish(job: Job, slice: Slice, temporary: Path) -> bool:
+def _publish(job: Work, slice: Slice, temporary: Path) -> bool:
     target = job.folder_of(slice)
     try:
         temporary.rename(target)
@@ -175,11 +212,42 @@ def _publish(job: Job, slice: Slice, temporary: Path) -> bool:
         shutil.rmtree(target, ignore_errors=True)  # of another plan, or not ours
         temporary.rename(target)
     sync_folder(target.parent)
+    fail_at(f"{job.stage}.published")
     return True
 
 
 def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
     """The documents to keep, cleaned; fills `counts` and, part by part, the sha256 of the bytes read."""
+    read = _without_duplicates if job.from_texts else extracted
+    for document in read(job, slice, counts, hashes, tell):
+        yield from _decontaminated(job, document, counts)
+
+
+def _without_duplicates(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
+    """From the texts that an earlier stage left."""
+    folder, drops = job.folder / "texts" / slice.name, (job.drops or {}).get(slice.name)
+    if drops is None or not (folder / TEXTS).is_file():
+        raise ConfigError(f"{folder}: not made, or its duplicates not sought yet; run data-prep run")
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if file_hash(folder / TEXTS) != record["files"][TEXTS]:
+        raise ConfigError(f"{folder / TEXTS}: damaged; remove its folder and run again")
+    counts.add(record["counts"])
+    counts.notes += record["counts"]["notes"]
+    counts.gone.begin_with(folder)
+    hashes += [part["sha256"] for part in record["parts"]]
+    gone = {drop.ordinal: drop for drop in read_drops(drops)}
+    documents = max(record["documents"], 1)
+    for ordinal, document in enumerate(read_texts(folder, job.corpus)):
+        drop = gone.get(ordinal)
+        if drop is None:
+            yield document
+        else:
+            _drop(document, drop.reason, counts, drop.stays)
+        tell(slice.bytes * ordinal // documents, ordinal)
+
+
+def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
+    """From the inputs: read, cleaned, let through by the filters."""
     for part in slice.parts:
         _check_unchanged(part, slice)
         before = counts.input_bytes
@@ -189,7 +257,7 @@ def _documents(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: 
                 counts.read_bytes += text_bytes(document.text)
                 kept = _prepared(job, document, counts)
                 if kept is not None:
-                    yield from _decontaminated(job, kept, counts)
+                    yield kept
                 tell(before + reading.bytes_read, counts.read)
             hashes.append(reading.finish())
         _check_unchanged(part, slice)
@@ -267,11 +335,14 @@ def _decontaminated(job: Job, document: Document, counts: Counts) -> Iterator[Do
         yield from pieces_of(document, cut)
 
 
-def _drop(document: Document, reason: str, counts: Counts) -> None:
-    """Every document that is dropped comes here: counted, and its place and perhaps its text kept."""
+def _drop(document: Document, reason: str, counts: Counts, stays: str | None = None) -> None:
+    """Every document that is dropped comes here: counted, and its place and perhaps its text kept.
+
+    `stays` is `corpus: id` of the document that it is a duplicate of.
+    """
     counts.dropped[reason] += 1
     counts.dropped_bytes[reason] += text_bytes(document.text)
-    counts.gone.add(document, reason)
+    counts.gone.add(document, reason, stays)
 
 
 class EncodersDiffer(Exception):
@@ -378,28 +449,32 @@ def _record(
     files: dict[str, str],
 ) -> dict[str, Any]:
     """A slice's record: what it was made of, what became of it, its shards."""
-    parts = [
-        {"input": p.input.name, "size": p.input.size, "start": p.start, "stop": p.stop, "sha256": sha256}
-        for p, sha256 in zip(slice.parts, hashes, strict=True)
-    ]
     return {
         "slice": slice.name,
         "generation": slice.generation,
         "identity": slice.identity(job.plan),
-        "parts": parts,
+        "parts": parts_record(slice, hashes),
         "counts": counts.record(),
         "shards": [asdict(shard) for shard in shards],
         "files": files,
         "versions": job.versions,
-    }
+    } | ({"duplicates": job.drops[slice.name].hash} if job.drops and slice.name in job.drops else {})
+
+
+def parts_record(slice: Slice, hashes: Sequence[str]) -> list[dict[str, Any]]:
+    """What a slice was made of; `hashes` are the sha256 of its parts."""
+    return [
+        {"input": p.input.name, "size": p.input.size, "start": p.start, "stop": p.stop, "sha256": sha256}
+        for p, sha256 in zip(slice.parts, hashes, strict=True)
+    ]
 
 
 # --- a folder of slices ---------------------------------------------------------------------------------------------
 
 
-def sweep(job: Job) -> None:
+def sweep(job: Work) -> None:
     """Remove what dead processes left in the slices' folder, and slices that the plan does not have."""
-    folder = job.folder / "slices"
+    folder = job.folder / job.stage
     folder.mkdir(parents=True, exist_ok=True)
     sweep_leftovers(job)
     planned = {slice.name: slice for slice in job.plan.slices}
@@ -408,9 +483,9 @@ def sweep(job: Job) -> None:
             shutil.rmtree(path)
 
 
-def sweep_leftovers(job: Job) -> None:
+def sweep_leftovers(job: Work) -> None:
     """Remove leases and temporary folders of processes that are no more."""
-    folder = job.folder / "slices"
+    folder = job.folder / job.stage
     for path in sorted(folder.glob(".*")):
         if path.name.endswith(".lease"):
             remove_dead(path)

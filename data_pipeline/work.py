@@ -24,7 +24,7 @@ from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
 from data_pipeline.publish import publish_slice
 from data_pipeline.shards import ShardError
-from data_pipeline.slices import Job, make_slice, said
+from data_pipeline.slices import Work, make_slice, said
 from data_pipeline.sources.inputs import InputError
 from data_pipeline.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ class Done:
 
 
 def work(
-    jobs: Sequence[Job],
+    jobs: Sequence[Work],
     tasks: Sequence[Task],
     workers: int,
     show: Callable[[Progress], None],
@@ -94,7 +94,7 @@ def work(
 class _Pool:
     """Worker processes, each at the other end of a pipe of its own, so that a killed one can spoil no other's."""
 
-    def __init__(self, jobs: Sequence[Job], tasks: Sequence[Task], done: Done, wait_for_others: bool) -> None:
+    def __init__(self, jobs: Sequence[Work], tasks: Sequence[Task], done: Done, wait_for_others: bool) -> None:
         self.jobs, self.done, self.wait_for_others = jobs, done, wait_for_others
         self.waiting = list(reversed(tasks))
         self.elsewhere: list[tuple[float, Task]] = []  # (when to look again, task) for slices that another job is at
@@ -208,7 +208,7 @@ class _Pool:
         self._start()
 
 
-def _worker(pipe: Connection, jobs: Sequence[Job]) -> None:
+def _worker(pipe: Connection, jobs: Sequence[Work]) -> None:
     """The life of a worker process: a slice after the other, until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the parent hears it too, and closes the pipe, which ends us
