@@ -24,7 +24,7 @@ def test_every_document_has_a_row_and_the_smallest_hashes_have_their_text(
     assert [row["id"] for row in rows] == [f"id-{i}" for i in range(1000)]
     assert rows[7] | {"text": None} == {
         "reason": "odd", "id": "id-7", "uri": "https://e.org/7", "input": "a.jsonl", "offset": 7, "language": None,
-        "characters": 6, "text": None,
+        "characters": 6, "text": None, "stays": None,
     }  # fmt: skip
     for reason in ("odd", "even"):
         mine = [row for row in rows if row["reason"] == reason]
