@@ -24,7 +24,7 @@ from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
 from data_pipeline.publish import publish_slice
 from data_pipeline.shards import ShardError
-from data_pipeline.slices import Work, make_slice, said
+from data_pipeline.slices import Job, Work, make_slice, said
 from data_pipeline.sources.inputs import InputError
 from data_pipeline.tokenizer import Tokenizer
 
@@ -230,7 +230,7 @@ def _worker(pipe: Connection, jobs: Sequence[Work]) -> None:
             job = jobs[task.job]
             try:
                 made_here = make_slice(job, job.plan.slices[task.slice], tokenizer, tell)
-                if made_here and job.publish is not None:
+                if made_here and isinstance(job, Job) and job.publish is not None:
                     publish_slice(job, job.plan.slices[task.slice])
             except (InputError, ConfigError, ShardError) as error:
                 pipe.send(("failed", f"{job.corpus}: {error}"))
