@@ -10,9 +10,10 @@ import pytest
 
 from configs import ConfigError
 from data_pipeline.document import Document
-from data_pipeline.sources.inputs import InputError, Reading, describe
+from data_pipeline.sources.inputs import Input, InputError, Part, Reading, describe
 from data_pipeline.sources.wikipedia import CLOSING_SECTIONS, Wikipedia, plain_text
 from tests.data_pipeline.inputs import read, real, write_dump
+from tests.data_pipeline.servers import Server
 
 FILES = frozenset({"file", "image", "category", "datei"})
 
@@ -208,6 +209,24 @@ def test_ranges_of_the_real_excerpt_have_its_documents(
     assert [(d.id, d.text, d.uri) for d in documents] == [(d.id, d.text, d.uri) for d in excerpt[0]]
 
 
+def test_a_dump_far_away_is_read_as_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.xml.bz2"
+    path.write_bytes(bz2.compress(bz2.decompress(write_dump(tmp_path / "d", 400, 1).read_bytes()), 1))
+    source, size = Wikipedia(paths=[]), path.stat().st_size
+    whole, _ = read(source, path)
+    server = Server()
+    server.files["/d.xml.bz2"] = path.read_bytes()
+    monkeypatch.setattr("data_pipeline.sources.inputs.UNKNOWN_BYTES", size // 2)  # a guess, until it is opened
+    for edges in ([0], [0, size // 3, 2 * size // 3]):
+        documents = []
+        for start, stop in itertools.zip_longest(edges, edges[1:]):
+            part = Part(Input(f"{server.address}/d.xml.bz2", None, None), start, stop)
+            with Reading(part, "corpus") as reading:
+                documents += list(source.read(reading))
+        assert [(d.text, d.meta["offset"]) for d in documents] == [(d.text, d.meta["offset"]) for d in whole]
+    server.close()
+
+
 def test_a_damaged_block_costs_its_pages_only(tmp_path: Path) -> None:
     xml = bz2.decompress(write_dump(tmp_path / "d", 400, 1).read_bytes())
     path = tmp_path / "d.xml.bz2"
@@ -238,6 +257,19 @@ def test_a_page_that_is_not_xml_costs_itself_only(tmp_path: Path) -> None:
     path.write_bytes(xml.replace(b"'''Page 2'''", b"'''Page \1'''").replace(b"<title>Page 3</title>", b"<title>Page 3"))
     documents, reading = read(Wikipedia(paths=[str(path)]), path)
     assert [d.id for d in documents] == ["1", "4", "13"] and reading.set_aside["damaged page"] == 2
+
+
+def test_a_page_larger_than_a_document_may_be_costs_itself_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.sources.wikipedia.MAX_DOCUMENT_BYTES", 2**20)
+    xml = bz2.decompress(write_dump(tmp_path / "d", 5, 1).read_bytes())
+    path = tmp_path / "d.xml"
+    path.write_bytes(xml.replace(b"'''Page 2'''", b"Page 2" * 500_000))
+    documents, reading = read(Wikipedia(paths=[str(path)]), path)
+    assert [d.id for d in documents] == ["1", "4", "10", "13"] and reading.set_aside["page too large"] == 1
+    cuts = [0, xml.index(b"Page 2"), path.stat().st_size // 2, path.stat().st_size]
+    assert read_in_ranges(path, cuts) == (documents, reading.set_aside)
 
 
 def test_what_lies_beside_a_dump_is_no_input(tmp_path: Path) -> None:
