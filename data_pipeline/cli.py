@@ -379,6 +379,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]
 
 def main() -> None:
     """Run the command; what a user can mend is one line on stderr."""
+    from data_pipeline.disk import refusal
     from data_pipeline.shards import ShardError
     from data_pipeline.work import Unfinished, WorkError
 
@@ -388,8 +389,10 @@ def main() -> None:
         sys.exit(_fail(str(error), 2))
     except Unfinished as error:
         sys.exit(_fail(str(error), STOPPED))
-    except (ShardError, WorkError, OSError) as error:
+    except (ShardError, WorkError) as error:
         sys.exit(_fail(str(error), 1))
+    except OSError as error:
+        sys.exit(_fail(refusal(error), 1))
 
 
 def _fail(message: str, code: int) -> int:

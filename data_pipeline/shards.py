@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from configs import ConfigError, canonical_json
+from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
 
@@ -336,7 +337,8 @@ class HashedFile:
     def write(self, data: bytes | memoryview) -> int:
         self.hash.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        with writing(Path(self.file.name), len(data)):
+            return self.file.write(data)
 
     def tell(self) -> int:
         return self.size
@@ -370,7 +372,7 @@ def read_parquet(data: bytes) -> pa.Table:
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file that is whole and on disk when this returns; it appears under its name only then."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
+    with writing(path, len(data)), temporary.open("wb") as file:
         file.write(data)
         fail_at("file.written")
         file.flush()

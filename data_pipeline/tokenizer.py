@@ -26,6 +26,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from configs import ConfigError, Int, Section
+from data_pipeline.shards import write_durably
 
 if TYPE_CHECKING:
     import tokenizers
@@ -82,11 +83,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             f"tokenizer.vocab_size: the sample gives only {got} entries, {vocab_size} asked for; "
             "take a smaller vocabulary or more text"
         )
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    tokenizer.save(str(temporary))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_durably(path, tokenizer.to_str(pretty=True).encode())
 
 
 class Tokenizer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import multiprocessing
-import shutil
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
+from data_pipeline.disk import FULL, refusal
 from data_pipeline.failures import forget_failure, record_failure
 from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
@@ -238,7 +238,7 @@ def _worker(pipe: Connection, jobs: Sequence[Work]) -> None:
                 if isinstance(error, BrokenPipeError | ConnectionResetError):
                     raise
                 kind = "broken" if _is_of_output(error, job.folder) else "failed"
-                pipe.send((kind, f"{job.corpus}: {_said_of_disk(error, job.folder)}"))
+                pipe.send((kind, f"{job.corpus}: {refusal(error, job.folder)}"))
             except Exception as error:
                 traceback.print_exc()
                 pipe.send(("failed", f"{job.corpus}: slice {job.plan.slices[task.slice].name}: {said(error)}"))
@@ -248,13 +248,6 @@ def _worker(pipe: Connection, jobs: Sequence[Work]) -> None:
 
 def _is_of_output(error: OSError, folder: Path) -> bool:
     """Whether the fault lies where shards are written, so that every other slice would meet it."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+    full = error.errno in (*FULL, errno.EROFS, errno.EMFILE, errno.ENFILE)
     name = error.filename
     return full or not isinstance(name, str | Path) or Path(name).absolute().is_relative_to(folder.absolute())
-
-
-def _said_of_disk(error: OSError, folder: Path) -> str:
-    where = error.filename or folder
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full at {folder}: {shutil.disk_usage(folder).free} bytes free; make room and run again"
-    return f"{where}: {error.strerror or error}"

@@ -21,10 +21,9 @@ import sys
 from pathlib import Path
 
 from tests.chaos import table
-from tests.chaos.cases import CASES, Room
+from tests.chaos.cases import Room
+from tests.chaos.catalogue import CASES, TRIALS
 from tests.chaos.fleet import import_everything
-
-TRIALS = {"T1": 200, "T2": 20, "T3": 60, "T4": 12, "T5": 40, "T12": 3}
 
 
 def main() -> int:

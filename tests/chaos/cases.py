@@ -1,4 +1,4 @@
-"""The cases: one fault each, chosen by a seed, and the golden run that tells whether anything was lost."""
+"""The cases of training: one fault each, chosen by a seed, and the golden run that tells whether anything was lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -268,8 +268,3 @@ def _joined(first: Result, second: Result) -> Result:
         first.trials + second.trials, first.losses + second.losses, max(first.lost_steps, second.lost_steps),
         first.recover_s + second.recover_s, first.problems + second.problems,
     )  # fmt: skip
-
-
-CASES: dict[str, Callable[[Room, random.Random], Result]] = {
-    "T1": kills, "T2": torn, "T3": every_failpoint, "T4": full_disk, "T5": damaged, "T12": stopped,
-}  # fmt: skip

@@ -77,7 +77,8 @@ ROWS = [
     Row("C2", "a planted secret", (FAULTS, *LAUNCH), ("secret", "webhook")),
     Row("C3", "odd paths, umask 077, no inodes",
         (FAULTS, BATCH, *LAUNCH, "tests/pretrain/test_save_faults.py"), ("odd", "umask", "inode", "without_python")),
-    Row("P1", "data-prep: SIGKILL at random times"),
+    Row("P1", "data-prep: SIGKILL at random times of all, the parent or a worker; bytes compared"),
+    Row("P2", "data-prep: SIGKILL at every failpoint of every stage; bytes compared"),
     Row("S1", "one bit flipped in a shard"),
     Row("M1", "the tracking server away"),
 ]  # fmt: skip

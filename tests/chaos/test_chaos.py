@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import table
-from tests.chaos.cases import CASES, failpoints
+from tests.chaos.cases import failpoints
+from tests.chaos.catalogue import CASES
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_pipeline import failpoints
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, Committed, Position, SaveError, Saver
 from pretrain.lineage import Lineage
+from tests.disks import fill, small_disk
 from tests.pretrain.test_checkpoint import KINDS, make_state
 
 ROOT = Path(__file__).parents[2]
@@ -150,15 +150,9 @@ def test_a_torn_save_is_never_chosen(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 192 KiB and 64 inodes."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=192k,nr_inodes=64", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", "size=192k,nr_inodes=64") as place:
+        yield place
 
 
 def commit(folder: Path, step: int, ranks: int = 1) -> None:
@@ -170,39 +164,30 @@ def commit(folder: Path, step: int, ranks: int = 1) -> None:
         saver.wait()
 
 
-def fill(folder: Path, leave: int) -> Path:
-    """Fill a disk up to so many bytes."""
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    (folder / "filler").write_bytes(b"x" * (free - leave))
-    return folder / "filler"
-
-
 @pytest.mark.parametrize("leave", [0, 4096, 12288])
-def test_a_full_disk_is_seen_before_the_write_and_the_checkpoint_before_stays_whole(
-    leave: int, small_disk: Path
-) -> None:
-    Lineage(small_disk).take(None, 0, None, "start")
-    commit(small_disk, 1)
-    filler = fill(small_disk, leave)
-    line = rf"disk full at {small_disk}/checkpoints.*: needs [\d.]+ KiB, has .*: checkpoint of step 2 not saved"
+def test_a_full_disk_is_seen_before_the_write_and_the_checkpoint_before_stays_whole(leave: int, disk: Path) -> None:
+    Lineage(disk).take(None, 0, None, "start")
+    commit(disk, 1)
+    filler = fill(disk, leave)
+    line = rf"disk full at {disk}/checkpoints.*: needs [\d.]+ KiB, has .*: checkpoint of step 2 not saved"
     with pytest.raises(SaveError, match=line):
-        commit(small_disk, 2, 2)
-    (folder,) = checkpoint.live_checkpoints(small_disk)
+        commit(disk, 2, 2)
+    (folder,) = checkpoint.live_checkpoints(disk)
     assert folder.name == "step-1.b1" and checkpoint.verify(folder) == []
     filler.unlink()
-    commit(small_disk, 3, 2)
-    names = {path.name for path in (small_disk / "checkpoints").iterdir()}
+    commit(disk, 3, 2)
+    names = {path.name for path in (disk / "checkpoints").iterdir()}
     assert names == {"step-3.b1", "step-1.b1"}  # what the other rank may have left is gone
 
 
-def test_a_disk_without_inodes(small_disk: Path) -> None:
-    Lineage(small_disk).take(None, 0, None, "start")
-    commit(small_disk, 1)
-    while os.statvfs(small_disk).f_favail > 2:
-        (small_disk / f"filler-{os.statvfs(small_disk).f_favail}").touch()
+def test_a_disk_without_inodes(disk: Path) -> None:
+    Lineage(disk).take(None, 0, None, "start")
+    commit(disk, 1)
+    while os.statvfs(disk).f_favail > 2:
+        (disk / f"filler-{os.statvfs(disk).f_favail}").touch()
     with pytest.raises(SaveError, match=r"no inodes left at .*: needs 4, has 1: checkpoint of step 2 not saved"):
-        commit(small_disk, 2)
-    assert checkpoint.verify(checkpoint.live_checkpoints(small_disk)[0]) == []
+        commit(disk, 2)
+    assert checkpoint.verify(checkpoint.live_checkpoints(disk)[0]) == []
 
 
 @pytest.mark.parametrize(

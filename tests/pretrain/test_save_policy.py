@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from data_pipeline.failpoints import VARIABLE
 from pretrain import checkpoint
+from tests.disks import fill, small_disk
 from tests.runs import Started, final_state, run_to_end, write_run, zero
 
 SLOW = {VARIABLE: "train.step=sleep:0.05"}
@@ -19,21 +19,10 @@ TIGHT = "preflight.least_free_gib=0"
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs with room for a few checkpoints of 0.6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(place: Path) -> Path:
-    filler = place / "filler"
-    filler.write_bytes(b"x" * (shutil.disk_usage(place).free - 200_000))
-    return filler
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """With room for a few checkpoints of 0.6 MB."""
+    with small_disk(tmp_path / "small", "size=3m") as place:
+        yield place
 
 
 def move(config: Path, place: Path) -> None:
@@ -46,12 +35,12 @@ def all_whole(folder: Path) -> bool:
     return all(checkpoint.verify(path) == [] for path in checkpoint.live_checkpoints(folder / "run"))
 
 
-def test_a_full_disk_stops_the_run_which_then_goes_on(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_which_then_goes_on(disk: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path)
-    move(config, small_disk)
+    move(config, disk)
     started = Started(config, 1, TIGHT, variables=SLOW)
     started.wait_for_step(12)
-    filler = fill(small_disk)
+    filler = fill(disk, 200_000)
     assert started.wait() == [1]
     assert f"disk full at {tmp_path}/run/checkpoints/.tmp-step-20.b1: needs " in started.text
     assert checkpoint.live_checkpoints(tmp_path / "run")[0].name == "step-10.b1" and all_whole(tmp_path)
@@ -60,12 +49,12 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(small_disk: Path, tmp_path
     assert final_state(tmp_path)[0]["step"] == 40 and all_whole(tmp_path)
 
 
-def test_a_full_disk_does_not_stop_a_run_that_is_to_go_on(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_does_not_stop_a_run_that_is_to_go_on(disk: Path, tmp_path: Path) -> None:
     config = write_run(tmp_path)
-    move(config, small_disk)
+    move(config, disk)
     started = Started(config, 1, TIGHT, "checkpoint.on_error=go_on", variables=SLOW)
     started.wait_for_step(12)
-    filler = fill(small_disk)
+    filler = fill(disk, 200_000)
     started.wait_for_step(24)
     filler.unlink()
     assert started.wait() == [0], started.text
