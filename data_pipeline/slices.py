@@ -306,7 +306,7 @@ def _prepared(job: Job, document: Document, counts: Counts) -> Document | None:
             raise
         _poison(document, error, counts)
         return None
-    counts.cleaned_bytes += text_bytes(document.text)
+    counts.cleaned_bytes += text_bytes(text)  # a rule may have cut lines out since
     if reason is not None:
         _drop(document, reason, counts)
         return None

@@ -193,6 +193,25 @@ def test_a_funnel_has_what_raised_first_and_what_was_cut_out_last() -> None:
     ]
 
 
+def test_lines_that_a_rule_cuts_are_not_laid_to_cleaning(tmp_path: Path) -> None:
+    lines = "\n".join(f"This is sentence number {i} of the text, and it is a long one." for i in range(9))
+    rows = [{"text": f"{lines}\nno end"} for _ in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "name": "cut",
+        "out": str(tmp_path / "out"),
+        "tokenizer": {"kind": "train", "vocab_size": 280},
+        "corpora": {"a": {"kind": "text_files", "paths": [str(tmp_path / "a.jsonl")]}},
+        "filters": {"c4": {}},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    prepare.run(load(tmp_path))
+    (mine,) = card(tmp_path)["corpora"]
+    assert [(step["step"], step["less_bytes"]) for step in mine["steps"]] == [
+        ("read", 0), ("clean", 0), ("cut out", 20 * len("\nno end")), ("kept", 0),
+    ]  # fmt: skip
+
+
 def test_numbers_are_short(folder: Path) -> None:
     assert [short(n) for n in (0, 9_999, 10_000, 999_600, 1_234_567, 3.2e12)] == [
         "0", "9,999", "10 k", "1 M", "1.23 M", "3.2 T",
