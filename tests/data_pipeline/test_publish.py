@@ -102,7 +102,7 @@ PROGRAM = (
 )
 
 
-@pytest.mark.parametrize("failpoint", ["publish.file#3", "publish.sent#1", "publish.marked#2"])
+@pytest.mark.parametrize("failpoint", ["publish.file#3", "publish.marked#2"])
 def test_killed_at_any_point_the_same_command_sends_the_rest(here: Path, failpoint: str) -> None:
     prepared()
     whole = published(here / "out")
