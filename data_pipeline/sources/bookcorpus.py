@@ -35,7 +35,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2")
 
 
 class BookCorpus(Noted):
-    """Books: files, folders or patterns of `.txt` (also `.gz`), or of tars of `.txt`."""
+    """Books: files, folders or patterns of `.txt` (also packed), or of tars of `.txt`."""
 
     kind: Literal["bookcorpus"] = "bookcorpus"
     paths: list[str]
@@ -46,7 +46,7 @@ class BookCorpus(Noted):
 
     def inputs(self) -> list[Input]:
         """The files, sorted by name. Raises ConfigError where a path leads to none."""
-        return find_inputs(self.paths, (".txt", ".txt.gz", ".txt.bz2", *TARS))
+        return find_inputs(self.paths, (".txt", ".txt.gz", ".txt.bz2", ".txt.zst", *TARS))
 
     def can_split(self, input: Input) -> bool:
         """Whether ranges of its bytes can be read by themselves."""
