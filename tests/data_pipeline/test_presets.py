@@ -38,8 +38,8 @@ def test_gpt3s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         [
             f"out={tmp_path}/out",
             f"tokenizer.path={real('tokenizer/gpt2-tokenizer.json')}",
-            f"corpora={{common_crawl: {{kind: common_crawl, paths: [{crawl}]}}, "
-            f"webtext2: {{kind: text_files, paths: [{tmp_path}/web.txt, {tmp_path}/answer.txt]}}}}",
+            f"corpora={{webtext2: {{kind: text_files, paths: [{tmp_path}/web.txt, {tmp_path}/answer.txt]}}, "
+            f"common_crawl: {{kind: common_crawl, paths: [{crawl}]}}}}",
             "clean.mask=[email]",
             f"classifier.positives={wikipedia}",
             f"classifier.negatives=[{{kind: common_crawl, paths: [{crawl}]}}]",
