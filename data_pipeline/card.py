@@ -229,7 +229,7 @@ def _inputs(manifest: Manifest) -> dict[str, Any]:
     plan = Plan.read(manifest.folder)
     sizes = {part.input.name: part.input.size for slice in plan.slices for part in slice.parts} if plan else {}
     listed = [{"name": name, "bytes": bytes} for name, bytes in list(sizes.items())[:INPUTS]]
-    return {"count": len(sizes), "bytes": sum(sizes.values()), "first": listed}
+    return {"count": len(sizes), "bytes": manifest.head["counts"]["input_bytes"], "first": listed}
 
 
 def _total(manifest: Manifest, key: str, *splits: str) -> int:
