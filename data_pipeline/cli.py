@@ -356,10 +356,19 @@ def _show_outlines(outlines: Sequence[Outline], as_json: bool) -> None:
         ("time left on one core, about", [_time(o.core_seconds) for o in outlines]),
         ("  with the config's workers", [f"{_time(o.seconds)} ({o.workers})" for o in outlines]),
         ("disk for shards, about", [size(o.shard_bytes) for o in outlines]),
+        *(
+            [("disk for texts, until the seal", [size(o.texts_bytes) for o in outlines])]
+            if _has_texts(outlines)
+            else []
+        ),
         ("memory of a worker, about", [size(o.worker_bytes) for o in outlines]),
         ("from a trial on", [size(o.tried_bytes) for o in outlines]),
     ]
     _print_table([o.corpus for o in outlines], rows)
+
+
+def _has_texts(outlines: Sequence[Outline]) -> bool:
+    return any(outline.texts_bytes for outline in outlines)
 
 
 def _time(seconds: float | None) -> str:

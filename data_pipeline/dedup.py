@@ -84,6 +84,11 @@ class Dedup(Section):
         """How many a document has."""
         return self.exact + (self.near.bands if self.near else 0)
 
+    @property
+    def document_bytes(self) -> int:
+        """On disk, of a document's marks and its id."""
+        return EXACT.itemsize * self.exact + NEAR.itemsize * (self.near.bands if self.near else 0) + 30
+
     def identity(self) -> dict[str, Any]:
         """What the marks depend on. A probe stands for the libraries' versions: the marks of a known text."""
         probe = fingerprint([exact_marks([PROBE]).tolist(), near_marks([PROBE], self.near).tolist()])

@@ -813,6 +813,7 @@ class Outline:
     workers: int  # that can be at work at once
     seconds: float | None  # with so many
     shard_bytes: int
+    texts_bytes: int  # of texts and marks, until the seal, where duplicates are sought
     worker_bytes: int  # of memory
     tried_bytes: int  # of input
 
@@ -861,11 +862,17 @@ def _outline(preparation: Preparation, corpus: str, tokenizer: Tokenizer | None,
         workers=at_once,
         seconds=None if seconds is None else seconds / at_once,
         shard_bytes=int(SHARD_OVERHEAD * tokens * token_bytes) + (SIDECAR_BYTES * whole.kept if whole else 0),
+        texts_bytes=_texts_bytes(preparation.dedup, text, whole.kept if whole else 0),
         worker_bytes=memory_bytes(),
         tried_bytes=trial.input_bytes if trial else 0,
     )
 
 
+def _texts_bytes(dedup: Dedup | None, text_bytes: int, documents: int) -> int:
+    return 0 if dedup is None else int(TEXT_PACKED * text_bytes) + documents * dedup.document_bytes
+
+
+TEXT_PACKED = 0.5  # of a text's bytes, by zstd
 SHARD_OVERHEAD = 1.01  # headers of the tar and of its members, indexes
 SIDECAR_BYTES = 60  # of a document: its row in the sidecar, compressed, and 12 bytes in ids.npy
 
