@@ -6,14 +6,16 @@ their own and never change older ones.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs import ConfigError, fingerprint
+from configs import ConfigError, canonical_json
 from data_pipeline.shards import write_durably
 from data_pipeline.sources.inputs import Input, Part
 
@@ -42,7 +44,8 @@ class Slice:
     def identity(self, plan: Plan) -> str:
         """sha256 (hex) over all that its shards depend on, but the bytes of its inputs."""
         parts = [[p.input.name, p.input.size, p.start, p.stop] for p in self.parts]
-        return fingerprint([plan.config, plan.block_tokens, self.name, parts])
+        canonical = f"{plan.head_of_identity},{canonical_json([self.name, parts])[1:]}"
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Plan:
     config: Mapping[str, Any]
     block_tokens: int
     slices: tuple[Slice, ...]
+
+    @cached_property
+    def head_of_identity(self) -> str:
+        """What the canonical JSON of every slice's identity begins with: long, and the same for all."""
+        return canonical_json([self.config, self.block_tokens])[:-1]
 
     @staticmethod
     def read(folder: Path) -> Plan | None:
@@ -69,13 +77,11 @@ class Plan:
             raise ConfigError(f"{path}: damaged ({error}); restore it, or prepare into another folder") from None
 
     def write(self, folder: Path) -> None:
-        tree = {
-            "version": PLAN_VERSION,
-            "config": self.config,
-            "block_tokens": self.block_tokens,
-            "slices": [_entry(slice) for slice in self.slices],
-        }
-        write_durably(folder / PLAN, (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode())
+        head = {"version": PLAN_VERSION, "config": self.config, "block_tokens": self.block_tokens}
+        # json.dumps is fast only without indent
+        lines = ",\n  ".join(json.dumps(_entry(slice), ensure_ascii=False) for slice in self.slices)
+        text = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
+        write_durably(folder / PLAN, f'{text},\n "slices": [\n  {lines}\n ]\n}}\n'.encode())
 
 
 def _entry(slice: Slice) -> dict[str, Any]:
@@ -150,6 +156,9 @@ def compare(
     lines: dict[str, str] = {}
     updated: list[Slice] = []
     for slice in slices:
+        if all(now.get(part.input.name) == part.input for part in slice.parts):
+            updated.append(slice)
+            continue
         known = hashes(slice)
         parts = []
         for i, part in enumerate(slice.parts):

@@ -316,7 +316,8 @@ def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job
         _remove_half_written(folder)
         plan = _planned(preparation, corpus, folder, identity(preparation, corpus, tokenizer))
         job = _job(preparation, corpus, plan, tokenizer)
-        sweep(job)
+        if _sealed(folder) is None:
+            sweep(job)
         forget_failures(folder)
     return job
 
@@ -381,14 +382,13 @@ def _refuse_another(folder: Path, old: Any, new: dict[str, Any]) -> None:
 def _extended(preparation: Preparation, corpus: str, folder: Path, old: Plan) -> Plan:
     """The old plan with slices for inputs that are new, and, where nothing is sealed yet, for those that changed."""
     source = preparation.source(corpus)
-    hashes = {slice.name: _part_hashes(folder, old, slice) for slice in old.slices}
     try:
         inputs = preparation.inputs(corpus)
     except ConfigError:
-        if not all(hashes.values()):
+        if any(_part_hashes(folder, old, slice) is None for slice in old.slices):
             raise
         inputs = []  # all is made, so the inputs may be gone
-    found = compare(old.slices, inputs, lambda slice: hashes[slice.name], _hash_now)
+    found = compare(old.slices, inputs, lambda slice: _part_hashes(folder, old, slice), _hash_now)
     sealed = _sealed_generations(folder, old)
     if any(slice.generation < sealed for slice in found.changed):
         raise ConfigError(
@@ -640,6 +640,7 @@ def planned_jobs(preparation: Preparation) -> list[Job]:
     if not (preparation.out / TOKENIZER).exists():
         raise ConfigError(f"{preparation.out}: not planned; run data-prep plan")
     tokenizer = Tokenizer.load(preparation.out / TOKENIZER)
+    choose_encoder(tokenizer)  # the same as when it was planned
     return [planned_job(preparation, corpus, tokenizer) for corpus in preparation.corpora]
 
 
@@ -711,10 +712,15 @@ def _left(every: Sequence[Work], tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if is_left(task)]
 
 
+def _present(job: Job) -> set[str]:
+    """The names in the folder of its slices."""
+    return {path.name for path in (job.folder / "slices").iterdir()}
+
+
 def _check_made(jobs: Sequence[Job]) -> None:
     """Raises WorkError where slices have failed, after a line for each, and Unfinished where they are only missing."""
     failed = [failure for job in jobs for failure in failures(job.folder)]
-    missing = sum(not job.folder_of(slice).is_dir() for job in jobs for slice in job.plan.slices)
+    missing = sum(len({slice.name for slice in job.plan.slices} - _present(job)) for job in jobs)
     for failure in failed:
         log.error("%s (on %s%s)", failure.why, failure.host, f", log {failure.log}" if failure.log else "")
     if failed:

@@ -139,7 +139,7 @@ class Job(Work):
 def slice_record(folder: Path, plan: Plan, slice: Slice, stage: str = "slices") -> dict[str, Any] | None:
     """The record of a made slice; None for one that is not made, or was made from another plan."""
     try:
-        record = json.loads((folder / stage / slice.name / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(Path(f"{folder}/{stage}/{slice.name}/{RECORD}").read_bytes())
     except (OSError, ValueError):
         return None
     fits = isinstance(record, dict) and record.get("identity") == slice.identity(plan)
