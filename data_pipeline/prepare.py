@@ -316,8 +316,7 @@ def make_job(preparation: Preparation, corpus: str, tokenizer: Tokenizer) -> Job
         _remove_half_written(folder)
         plan = _planned(preparation, corpus, folder, identity(preparation, corpus, tokenizer))
         job = _job(preparation, corpus, plan, tokenizer)
-        if _sealed(folder) is None:
-            sweep(job)
+        sweep(job)
         forget_failures(folder)
     return job
 
