@@ -767,7 +767,8 @@ def _write_card(
 ) -> Path:
     manifests = [Manifest.open(folder) for folder in corpora]
     made = data_card.make(name, [(manifest, folder_tokenizer(manifest)) for manifest in manifests], notes, compare)
-    return data_card.write(out, made)
+    with Lease.wait(out / ".tokenizer.lease", log.info):  # who holds it may remove half-written files there
+        return data_card.write(out, made)
 
 
 def folders(where: Path) -> list[Path]:
