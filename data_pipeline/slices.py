@@ -28,6 +28,7 @@ from data_pipeline.dropped import Dropped
 from data_pipeline.duplicates import DropList, read_drops
 from data_pipeline.failpoints import fail_at
 from data_pipeline.filters import Filters
+from data_pipeline.killers import KILLS, left_out, mark
 from data_pipeline.lease import Lease, holder, remove_dead
 from data_pipeline.plan import Plan, Slice
 from data_pipeline.shards import (
@@ -248,8 +249,15 @@ def _without_duplicates(job: Job, slice: Slice, counts: Counts, hashes: list[str
 
 def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
     """From the inputs: read, cleaned, let through by the filters."""
-    for part in slice.parts:
+    aside = left_out(job.folder / job.stage, slice.name)
+    for number, part in enumerate(slice.parts):
+        if number in aside:
+            hashes.append("")
+            counts.set_aside[KILLS] += 1
+            _note(counts, f"{part.input.name}: {KILLS}: set aside")
+            continue
         _check_unchanged(part, slice)
+        mark(counts.gone.path.parent, number)
         before = counts.input_bytes
         with Reading(part, job.corpus, job.source.on_damage) as reading:
             for document in _read(job.source, reading):
@@ -265,6 +273,7 @@ def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: T
         counts.set_aside.update(reading.set_aside)
         _note(counts, *reading.notes)
         tell(counts.input_bytes, counts.read)
+    mark(counts.gone.path.parent, None)
 
 
 def _check_unchanged(part: Part, slice: Slice) -> None:

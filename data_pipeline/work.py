@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from typing import Any
 from configs import ConfigError
 from data_pipeline.disk import FULL, refusal
 from data_pipeline.failures import forget_failure, record_failure
+from data_pipeline.killers import MOST, left_out, marked, set_aside
 from data_pipeline.plan import Slice
 from data_pipeline.progress import Progress
 from data_pipeline.publish import publish_slice
@@ -78,8 +79,8 @@ def work(
     """Make slices in `workers` processes. Returns when all are made or have failed, here or by others; fills `done`.
 
     A slice that fails does not keep the others from being made; a process that dies (out of memory, a crash in a
-    library) is replaced, once for each slice. Without `wait_for_others`, slices that others are at are left to them.
-    Raises WorkError for what no other slice would be spared, as a full disk.
+    library) is replaced, and an input at which two have died is set aside. Without `wait_for_others`, slices that
+    others are at are left to them. Raises WorkError for what no other slice would be spared, as a full disk.
     """
     waiting = [task for task in tasks if not jobs[task.job].is_made(jobs[task.job].plan.slices[task.slice])]
     if not waiting:
@@ -101,7 +102,7 @@ class _Pool:
         self.processes: dict[Connection, Any] = {}
         self.idle: list[Connection] = []
         self.busy: dict[Connection, Task] = {}
-        self.deaths: Counter[Task] = Counter()
+        self.deaths: defaultdict[Task, list[int | None]] = defaultdict(list)  # the parts that were being read
         self.progress = Progress(sum(self._slice(task).bytes for task in tasks))
         self.context = multiprocessing.get_context("spawn")  # threads of libraries do not survive a fork
 
@@ -197,15 +198,29 @@ class _Pool:
         task = self.busy.pop(connection, None)
         if task is None:
             raise WorkError(f"a worker process ended before it began ({why}); its own words are above")
-        self.deaths[task] += 1
-        name = f"{self.jobs[task.job].corpus}: slice {self._slice(task).name}"
-        if self.deaths[task] > 1:
-            inputs = ", ".join(part.input.name for part in self._slice(task).parts[:3])
-            self._fail(task, f"{name} ({inputs}): its worker died twice ({why}); out of memory? try fewer workers")
-        else:
-            log.warning("%s: its worker died (%s); once more in a fresh process", name, why)
-            self.waiting.append(task)
+        self._retry(task, why)
         self._start()
+
+    def _retry(self, task: Task, why: str) -> None:
+        """Once more in a fresh process; a part at which the second dies too is set aside."""
+        job, slice = self.jobs[task.job], self._slice(task)
+        stage, deaths = job.folder / job.stage, self.deaths[task]
+        name = f"{job.corpus}: slice {slice.name}"
+        deaths.append(marked(stage, slice.name))
+        part = deaths[-1]
+        if deaths.count(part) < 2:
+            log.warning("%s: its worker died (%s); once more in a fresh process", name, why)
+        elif part is None or len(left_out(stage, slice.name)) >= MOST:
+            inputs = ", ".join(part.input.name for part in slice.parts[:3])
+            self._fail(task, f"{name} ({inputs}): its worker died twice ({why}); out of memory? try fewer workers")
+            return
+        else:
+            log.warning(
+                "%s: %s: its worker died twice (%s): set aside; with fewer workers or more memory, remove %s and its "
+                "slice, and run again",
+                *(name, slice.parts[part].input.name, why, set_aside(stage, slice.name, part)),
+            )
+        self.waiting.append(task)
 
 
 def _worker(pipe: Connection, jobs: Sequence[Work]) -> None:

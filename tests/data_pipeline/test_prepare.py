@@ -422,6 +422,37 @@ def test_a_slice_that_kills_twice_does_not_keep_the_others_from_being_made(here:
     assert len(list(here.glob("out/*/slices/[0-9]*/slice.json"))) == len(made) + 1
 
 
+def test_an_input_that_kills_twice_is_set_aside_and_the_rest_is_done(here: Path) -> None:
+    killer = here / "sitecustomize.py"
+    killer.write_text(
+        "import os\n"
+        "from data_pipeline import slices\n"
+        "old = slices._read\n"
+        "def read(source, reading):\n"
+        "    for i, document in enumerate(old(source, reading)):\n"
+        "        if reading.part.input.name == 'crawl/1.warc.gz' and i == 7:\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "        yield document\n"
+        "slices._read = read\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{Path(__file__).parents[2]}"}
+    done = subprocess.run([*COMMAND, "slice_bytes=1Mi"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("its worker died (signal 9)") == 1
+    said = (
+        "crawl: slice 0-00000: crawl/1.warc.gz: its worker died twice (signal 9): set aside; "
+        "with fewer workers or more memory, remove out/crawl/slices/.0-00000.aside and its slice, and run again"
+    )
+    assert said in done.stderr
+    manifest = Manifest.open(here / "out/crawl")
+    assert manifest.head["counts"]["set_aside"] == {"kills its worker": 1}
+    assert sum(manifest.head["counts"]["documents"].values()) == 60  # of the other two
+    killer.unlink()
+    once = contents(here / "out/crawl")
+    run("slice_bytes=1Mi")
+    assert contents(here / "out/crawl") == once
+
+
 def test_json_lines_in_ranges_give_what_the_whole_file_gives(here: Path) -> None:
     rows = [json.dumps({"text": sentences(i, 5)}) for i in range(400)]
     (here / "mine.jsonl").write_text("\n".join(rows))
