@@ -162,7 +162,9 @@ def make_tokenizer(preparation: Preparation) -> Tokenizer:
     tokenizer = Tokenizer.load(out / TOKENIZER)
     if tokenizer.sha256 != made["sha256"]:
         raise ConfigError(f"{out / TOKENIZER}: damaged or exchanged (sha256 differs from {TOKENIZER_MADE}); restore it")
-    log.info("encoder: %s", choose_encoder(tokenizer))
+    why = choose_encoder(tokenizer)
+    if tokenizer.encoder == "tokenizers":
+        log.warning("encoding is slow: %s", why)
     return tokenizer
 
 
