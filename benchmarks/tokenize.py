@@ -1,6 +1,6 @@
 """Plain text to token shards: ours, datatrove's DocumentTokenizer, Megatron's preprocess_data; same files, one run.
 
-    python -m benchmarks.tokenize --text FOLDER --tokenizer tokenizer.json [--megatron CHECKOUT] [--mb 100] [--rounds 3]
+    python -m benchmarks.tokenize [--text FOLDER] [--tokenizer tokenizer.json] [--megatron CHECKOUT] [--mb 100]
 
 The text files of FOLDER (UTF-8) become JSON lines of 4,000 characters each, as often as it takes. Every side reads that
 file and writes its own format, as a process of its own pinned to one core, with one thread. What counts is CPU time;
@@ -34,6 +34,7 @@ import yaml
 
 from data_pipeline.shards import Manifest
 
+DATA = Path(__file__).parents[2] / "shared/data"
 DOCUMENT_CHARS = 4000
 FEW = 20  # documents, to time a start
 ONE_THREAD = {
@@ -188,8 +189,8 @@ def encoders(tokenizer: Path, texts: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Plain text to token shards, per core.")
-    parser.add_argument("--text", type=Path, required=True, help="a folder of .txt files")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json, such as GPT-2's")
+    parser.add_argument("--text", type=Path, default=DATA / "books", help="a folder of .txt files")
+    parser.add_argument("--tokenizer", type=Path, default=DATA / "tokenizer/gpt2-tokenizer.json")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--mb", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)

@@ -22,7 +22,7 @@ import yaml
 
 from data_pipeline.failpoints import VARIABLE
 from tests.chaos.cases import MOST_ATTEMPTS, ROOT, Result, Room
-from tests.data_pipeline.inputs import write_corpora
+from tests.data_pipeline.inputs import http, page, sentences, warc_record, write_corpora, write_warc
 
 CONFIG = {
     "name": "small",
@@ -33,6 +33,7 @@ CONFIG = {
         "wiki": {"kind": "wikipedia", "paths": ["wiki/*.xml.bz2"]},
         "books": {"kind": "bookcorpus", "paths": ["books"]},
     },
+    "dedup": {"near": {}},
     "validation": {"fraction": 0.2},
     "slice_bytes": 20_000,
     "shard_bytes": 20_000,
@@ -51,6 +52,7 @@ def prepared(room: Room) -> tuple[Path, float]:
     folder = room.folder / "prepared"
     if not folder.exists():
         write_corpora(folder)
+        write_warc(folder / "crawl" / "again.warc.gz", [_page_again(i) for i in range(20)])
         (folder / "small.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
         begun = time.monotonic()
         process = start(folder)
@@ -58,6 +60,12 @@ def prepared(room: Room) -> tuple[Path, float]:
         room.seconds["prepared", 2] = time.monotonic() - begun
         shutil.copytree(folder / "out", folder / "golden")
     return folder, room.seconds["prepared", 2]
+
+
+def _page_again(i: int) -> bytes:
+    """A page whose text another file has too."""
+    body = http(page(sentences(1000 + i, 20)))
+    return warc_record("response", f"https://e.org/again/{i}", body, f"ffffffff-0000-0000-0000-{i:012d}")
 
 
 def start(folder: Path, fault: str = "") -> subprocess.Popen[bytes]:

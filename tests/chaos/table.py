@@ -39,6 +39,13 @@ TRAIN, GUARD, DOG = (f"tests/pretrain/test_{name}.py" for name in ("train", "gua
 FAULTS, BATCH, RECOVERY, WATCHING = (
     f"tests/cluster/test_{name}.py" for name in ("faults", "batch", "recovery", "watching")
 )
+PREPARE, DISKS, CRAWL, TEXT_FILES, SHARDS = (
+    f"tests/data_pipeline/test_{name}.py" for name in ("prepare", "disks", "common_crawl", "text_files", "shards")
+)
+SOURCES = tuple(
+    f"tests/data_pipeline/test_{name}.py"
+    for name in ("inputs", "text_files", "common_crawl", "wikipedia", "token_files")
+)
 LAUNCH = tuple(f"tests/launch/test_{name}.py" for name in ("cli", "local", "slurm", "policy", "status", "notice"))
 ROWS = [
     Row("T1", "SIGKILL of a random rank (2 and 4 ranks), at random times, steps and failpoints"),
@@ -79,7 +86,41 @@ ROWS = [
         (FAULTS, BATCH, *LAUNCH, "tests/pretrain/test_save_faults.py"), ("odd", "umask", "inode", "without_python")),
     Row("P1", "data-prep: SIGKILL at random times of all, the parent or a worker; bytes compared"),
     Row("P2", "data-prep: SIGKILL at every failpoint of every stage; bytes compared"),
-    Row("S1", "one bit flipped in a shard"),
+    Row("P3", "a poison document", (PREPARE,), ("that_raises", "all_raise")),
+    Row("P4", "a worker that is killed; an input that kills twice",
+        (PREPARE,), ("worker_that_is_killed", "kills_twice")),
+    Row("P5", "data-prep: disk full, quota, no inodes", (DISKS,), ("full_disk", "inodes", "write_that_fails")),
+    Row("P6", "data-prep: read-only or vanished output", (DISKS,), ("read_only", "vanishes")),
+    Row("P7", "truncated or damaged inputs, packed or not: named, strict or skipped, counted",
+        SOURCES, ("damage", "cut", "truncated", "flipped_bit", "something_else")),
+    Row("P8", "bombs, endless lines, hostile nesting; memory bounded",
+        (*SOURCES, "tests/data_pipeline/test_bombs.py"),
+        ("bomb", "ten_gigabytes", "hundred_megabytes", "hostile", "window")),
+    Row("P9", "odd encodings, line ends and empty files", (*SOURCES, "tests/data_pipeline/test_clean.py"),
+        ("bytes_become_text", "empty_file", "charset", "text_is_tidied", "written_as_utf8")),
+    Row("P10", "bad JSON lines: named by number", (TEXT_FILES,), ("bad_line", "twice", "fast_parser", "without_text")),
+    Row("P11", "WARC: wrong lengths, missing headers, truncated, chunked, brotli", (CRAWL,),
+        ("wrong_length", "without_a_header", "strange_bodies", "chunked")),
+    Row("P12", "two preparations of one folder; stale leases", (PREPARE, "tests/data_pipeline/test_lease.py"),
+        ("two_at_once", "another_has", "refused_folder", "leftovers", "killed_owner", "another_host", "many_at_once")),
+    Row("P13", "the same folder with another tokenizer, seed or input", (PREPARE,),
+        ("another_configuration", "another_refused", "exchanged")),
+    Row("P14", "an input that changes between two runs, or while it is read",
+        (PREPARE, "tests/data_pipeline/test_plan.py"),
+        ("input_that_changed", "that_changes", "finished_shards_that_changed", "inputs_of_now")),
+    Row("P15", "a tokenizer that is missing, damaged, of another vocabulary",
+        ("tests/data_pipeline/test_tokenizer.py", "tests/data_pipeline/test_shards.py"),
+        ("cannot_serve", "outside_the_vocabulary", "impossible_formats")),
+    Row("P16", "a literal document mark in a text", ("tests/data_pipeline/test_tokenizer.py",), ("mark",)),
+    Row("P17", "object stores and web servers that misbehave", ("tests/data_pipeline/test_remote.py",),
+        ("refused_is_said", "errors_that", "breaks_off", "never_comes", "without_an_end", "changes", "weak_version")),
+    Row("P18", "evil inputs: pipes, paths, redirects, control characters",
+        (*SOURCES, "tests/data_pipeline/test_remote.py"),
+        ("other_readers_would_run", "control_characters", "does_not_lie_below", "redirects_out", "will_not_be_asked")),
+    Row("S1", "one bit flipped in a shard", (SHARDS,), ("flipped_bit",)),
+    Row("S2", "a shard truncated", (SHARDS,), ("truncated",)),
+    Row("S3", "a zeroed page; a shard swapped, missing, extra, renamed", (SHARDS,),
+        ("zeroed", "swapped", "missing_or", "extra_files")),
     Row("M1", "the tracking server away"),
 ]  # fmt: skip
 
