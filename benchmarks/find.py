@@ -21,9 +21,10 @@ import yaml
 import configs
 from data_pipeline import prepare
 from data_pipeline.find import by_id, by_text, streams, token_bytes
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.progress import Progress
 from data_pipeline.shards import Manifest
+from data_pipeline.summary import folder_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 
 ABSENT = "no document of any corpus has these words in this order, for they are ours"
@@ -38,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         manifest = prepared(arguments.text, arguments.tokenizer, arguments.mb * 1_000_000, Path(scratch))
-        tokenizer = prepare.folder_tokenizer(manifest)
+        tokenizer = folder_tokenizer(manifest)
         size = manifest.head["counts"]["text_bytes"]
         text = (Path(scratch) / "text.jsonl").read_bytes()
         sides: dict[str, Callable[[], object]] = {

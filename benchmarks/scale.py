@@ -61,7 +61,8 @@ def write_inputs(folder: Path, count: int) -> None:
 
 def copy_slices(folder: Path) -> None:
     """Make the first slice, and give every other slice its record, as if it had been made."""
-    from data_pipeline.prepare import Preparation, planned_jobs
+    from data_pipeline.jobs import planned_jobs
+    from data_pipeline.preparation import Preparation
     from data_pipeline.shards import RECORD
     from data_pipeline.slices import make_slice
     from data_pipeline.tokenizer import Tokenizer
@@ -100,13 +101,15 @@ def sealed_slices(count: int) -> list[object]:
 def step(name: str, shards: int) -> Callable[[], object]:
     """What is timed."""
     from data_pipeline import prepare
+    from data_pipeline.jobs import make_jobs
+    from data_pipeline.preparation import Preparation
     from data_pipeline.shards import Format, Manifest, seal
     from data_pipeline.standing import standing
 
     config = Path("list.yaml" if name == "plan-list" else "texts.yaml")
-    preparation = configs.load(prepare.Preparation, config)
+    preparation = configs.load(Preparation, config)
     if name.startswith("plan"):
-        return lambda: prepare.make_jobs(preparation)
+        return lambda: make_jobs(preparation)
     if name.startswith("run"):
         return lambda: prepare.run(preparation)
     if name == "status":

@@ -22,8 +22,10 @@ from configs import ConfigError
 
 if TYPE_CHECKING:
     from data_pipeline.find import At, Found
-    from data_pipeline.prepare import Outline, Preparation, Summary
+    from data_pipeline.outline import Outline
+    from data_pipeline.preparation import Preparation
     from data_pipeline.shards import Manifest
+    from data_pipeline.summary import Summary
     from data_pipeline.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Raw corpora to token shards.")
@@ -50,12 +52,13 @@ def run(
 ) -> None:
     """Prepare all corpora of a config, or do what is missing: tokenizer, slices, manifest."""
     from data_pipeline import prepare
+    from data_pipeline.outline import outlines
 
     preparation = _load(config, overrides)
     if print_config:
         print(configs.dump(preparation), end="")
     elif dry_run:
-        _show_outlines(list(prepare.outlines(preparation)), as_json)
+        _show_outlines(list(outlines(preparation)), as_json)
     else:
         begun = time.monotonic()
         with _stoppable():
@@ -66,31 +69,31 @@ def run(
 @app.command()
 def tokenizer(config: Config, overrides: Overrides = None) -> None:
     """Make the tokenizer of a config, and print where it is."""
-    from data_pipeline import prepare
+    from data_pipeline.made_once import make_tokenizer
 
     preparation = _load(config, overrides)
-    made = prepare.make_tokenizer(preparation)
+    made = make_tokenizer(preparation)
     print(f"{made.path}  {made.vocab_size} entries  sha256 {made.sha256}")
 
 
 @app.command()
 def classifier(config: Config, overrides: Overrides = None) -> None:
     """Train the classifier of quality of a config, and print where it is and what it learnt from."""
-    from data_pipeline import prepare
+    from data_pipeline.made_once import CLASSIFIER, make_classifier
 
     preparation = _load(config, overrides)
-    made = prepare.make_classifier(preparation)
+    made = make_classifier(preparation)
     learnt = ", ".join(f"{count} {side}" for side, count in made["documents"].items())
-    print(f"{preparation.out / prepare.CLASSIFIER}  {learnt}  sha256 {made['sha256']}")
+    print(f"{preparation.out / CLASSIFIER}  {learnt}  sha256 {made['sha256']}")
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Make the tokenizer and the plans of a config, and print how many slices each corpus has."""
-    from data_pipeline import prepare
+    from data_pipeline.jobs import make_jobs
 
     with _stoppable(lambda: False):
-        for job in prepare.make_jobs(_load(config, overrides)):
+        for job in make_jobs(_load(config, overrides)):
             print(f"{job.corpus}  {len(job.plan.slices)} slices")
 
 
@@ -122,7 +125,7 @@ def work(
 @app.command()
 def verify(where: Where, as_json: AsJson = False) -> None:
     """Read every byte of finished shards. A line for each damage, and exit 1."""
-    from data_pipeline.prepare import folders, verified
+    from data_pipeline.summary import folders, verified
 
     damages = [line for folder in folders(where) for line in verified(folder)]
     print(json.dumps(damages, ensure_ascii=False) if as_json else "\n".join(damages or ["whole"]))
@@ -151,8 +154,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Counts and decoded samples of finished shards, or the documents asked for: text, address, place."""
-    from data_pipeline.prepare import folder_tokenizer, folders
     from data_pipeline.shards import Manifest
+    from data_pipeline.summary import folder_tokenizer, folders
 
     corpora = [(manifest, folder_tokenizer(manifest)) for manifest in map(Manifest.open, folders(where))]
     asked = [
@@ -243,8 +246,8 @@ def _show_dropped(manifests: Sequence[Manifest], rule: str, limit: int, as_json:
 
 
 def _show_samples(corpora: Sequence[tuple[Manifest, Tokenizer]], count: int, as_json: bool) -> None:
-    from data_pipeline.prepare import summarized
     from data_pipeline.samples import samples
+    from data_pipeline.summary import summarized
 
     found = {m.head["corpus"]: list(samples(m, tokenizer, "train", count)) for m, tokenizer in corpora}
     summaries = [summarized(manifest) for manifest, _ in corpora]
@@ -293,7 +296,7 @@ def _stoppable(has_advanced: Callable[[], bool] = lambda: True) -> Iterator[None
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Preparation:
-    from data_pipeline.prepare import Preparation
+    from data_pipeline.preparation import Preparation
 
     return configs.load(Preparation, path, overrides or [])
 

@@ -12,7 +12,7 @@ from data_pipeline import shards
 from data_pipeline.failures import Failure, failures
 from data_pipeline.lease import holder
 from data_pipeline.plan import PLAN, Plan
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 
 WINDOW_S = 600.0  # over which the speed is taken
 

@@ -140,8 +140,8 @@ def _show_results(killed_at: int, generated: str) -> None:
 
 def _corpora() -> dict[str, tuple[int, int]]:
     """Documents and tokens of each corpus."""
-    from data_pipeline.prepare import folders, summarized
     from data_pipeline.shards import Manifest
+    from data_pipeline.summary import folders, summarized
 
     summaries = [summarized(Manifest.open(folder)) for folder in folders(SHARDS)]
     return {s.corpus: (s.documents, s.tokens) for s in summaries}

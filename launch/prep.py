@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 import configs
 from configs import ConfigError
-from data_pipeline.prepare import Preparation, stage_widths
+from data_pipeline.preparation import Preparation
+from data_pipeline.prepare import stage_widths
 from data_pipeline.progress import duration, size
 from data_pipeline.standing import Standing, speed, standing
 from launch import queue

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from configs import ConfigError
-from data_pipeline.prepare import folder_tokenizer
 from data_pipeline.stream import Corpora
+from data_pipeline.summary import folder_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import checkpoint
 from pretrain.checkpoint import Committed

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator
 
 import configs
 from configs import Section, leaf_paths
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from launch.cli import Where
 from pretrain.fields import CLASSES, field_class
 from pretrain.models import Model

@@ -15,9 +15,10 @@ from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.card import columns, power, share, short, steps
 from data_pipeline.counts import Totals
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.samples import excerpts
 from data_pipeline.shards import Manifest
+from data_pipeline.summary import folder_tokenizer
 from tests.data_pipeline.inputs import sentences
 
 EVIL = "<script>document.documentElement.dataset.ran = 'yes'</script><img src=x onerror=\"document.title='ran'\">"
@@ -166,7 +167,7 @@ def test_a_tokenizer_to_compare_with_is_asked_for_before_the_work(folder: Path) 
 
 def test_excerpts_come_from_all_over_a_corpus(folder: Path) -> None:
     manifest = Manifest.open(folder / "out/mine")
-    tokenizer = prepare.folder_tokenizer(manifest)
+    tokenizer = folder_tokenizer(manifest)
     train = manifest.table.filter(pc.equal(manifest.table["split"], "train"))
     rows = sum(train["blocks"].to_pylist()) + 1  # and the tail
     assert 5 < rows == len(set(excerpts(manifest, tokenizer, "train", 1000, 100)))

@@ -11,7 +11,8 @@ from data_pipeline import prepare
 from data_pipeline.classifier import Judge, QualityClassifier
 from data_pipeline.clean import Clean
 from data_pipeline.document import Document
-from data_pipeline.prepare import Preparation
+from data_pipeline.made_once import make_classifier
+from data_pipeline.preparation import Preparation
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.inputs import REAL, real, sentences
 
@@ -80,16 +81,16 @@ def test_scores_decide_by_a_draw_of_the_documents_own(config: dict[str, Any], mo
 
 
 def test_it_is_made_once_and_another_is_refused(config: dict[str, Any]) -> None:
-    first = prepare.make_classifier(build(Preparation, config, "test"))
+    first = make_classifier(build(Preparation, config, "test"))
     assert first["documents"] == {"positives": 100, "negatives": 100}
     Path("good.jsonl").unlink()
-    assert prepare.make_classifier(build(Preparation, config, "test")) == first
+    assert make_classifier(build(Preparation, config, "test")) == first
     other = config | {"classifier": {**config["classifier"], "features": "1024"}}
     with pytest.raises(
         ConfigError,
         match=r"with another configuration: classifier\.features: 262144 -> 1024; use",
     ):
-        prepare.make_classifier(build(Preparation, other, "test"))
+        make_classifier(build(Preparation, other, "test"))
     (Path(config["out"]) / "classifier.npy").write_bytes(b"x")
     with pytest.raises(
         ConfigError, match=r"classifier.npy: damaged or exchanged \(sha256 differs from classifier.made"
@@ -108,7 +109,7 @@ def test_it_is_made_once_and_another_is_refused(config: dict[str, Any]) -> None:
 def test_what_cannot_be_learnt_from(config: dict[str, Any], change: dict[str, Any], message: str) -> None:
     config = config | {"classifier": {**config["classifier"], **change}}
     with pytest.raises(ConfigError, match=message):
-        prepare.make_classifier(build(Preparation, config, "test"))
+        make_classifier(build(Preparation, config, "test"))
 
 
 def test_real_pages_score_below_real_books() -> None:

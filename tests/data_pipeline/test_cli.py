@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import configs
-from data_pipeline.prepare import Preparation, verified
+from data_pipeline.preparation import Preparation
+from data_pipeline.summary import verified
 from tests.data_pipeline.inputs import sentences
 
 ROOT = Path(__file__).parents[2]

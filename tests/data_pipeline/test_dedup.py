@@ -22,8 +22,9 @@ from configs import ConfigError
 from data_pipeline import dedup, duplicates, prepare
 from data_pipeline.dedup import Dedup, Near, exact_marks, near_marks, read_marks, shingles, write_marks
 from data_pipeline.document import Document
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.shards import Manifest
+from data_pipeline.summary import Summary, folder_tokenizer, folders, verified
 from tests.data_pipeline.inputs import REAL, sentences
 
 # --- marks ----------------------------------------------------------------------------------------------------------
@@ -183,14 +184,14 @@ def load(*overrides: str) -> Preparation:
     return configs.load(Preparation, Path("small.yaml"), overrides)
 
 
-def run(*overrides: str) -> list[prepare.Summary]:
+def run(*overrides: str) -> list[Summary]:
     return prepare.run(load(*overrides))
 
 
 def kept(corpus: str) -> list[str]:
     """The texts of a corpus' training blocks and tails, in order."""
     manifest = Manifest.open(Path("out") / corpus)
-    tokenizer, stream = prepare.folder_tokenizer(manifest), []
+    tokenizer, stream = folder_tokenizer(manifest), []
     for generation in range(len(manifest.generations)):
         shards = manifest.shards("train", generation)
         for shard in range(len(shards)):
@@ -230,7 +231,7 @@ def test_the_first_of_equal_texts_stays_across_slices_and_corpora(here: Path) ->
     assert best.dropped == {"duplicate": 90 - len(expected["best"])} and best.documents_read == 90
     assert rest.dropped == {"duplicate": 90 - len(expected["rest"])} and len(seen) < 120 < 180
     assert len(Manifest.open(here / "out/rest").table) >= 2
-    assert not [line for folder in prepare.folders(here / "out") for line in prepare.verified(folder)]
+    assert not [line for folder in folders(here / "out") for line in verified(folder)]
 
 
 def test_the_order_of_corpora_says_which_stays(here: Path) -> None:
@@ -304,7 +305,7 @@ def test_later_inputs_lose_what_is_sealed_already_and_take_nothing_back(here: Pa
     write_texts(here / "rest/9.jsonl", [sentences(1001, 5), sentences(1002, 5)])
     run()
     assert kept("rest") == [*old["rest"], sentences(1002, 5)]
-    assert not [line for folder in prepare.folders(here / "out") for line in prepare.verified(folder)]
+    assert not [line for folder in folders(here / "out") for line in verified(folder)]
 
 
 def test_a_sealed_slice_that_is_lost_is_made_again_the_same(here: Path) -> None:

@@ -11,9 +11,10 @@ from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.dropped import by_rule
 from data_pipeline.find import Found, by_id, by_text, by_token, token_bytes
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.progress import Progress
 from data_pipeline.shards import Manifest
+from data_pipeline.summary import folder_tokenizer, folders
 from data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.inputs import sentences, write_corpora
 
@@ -48,10 +49,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Manifest, To
     (folder / "found.yaml").write_text(yaml.safe_dump(config))
     preparation = configs.load(Preparation, folder / "found.yaml", [])
     prepare.run(preparation)
-    return [
-        (manifest, prepare.folder_tokenizer(manifest))
-        for manifest in map(Manifest.open, prepare.folders(folder / "out"))
-    ]
+    return [(manifest, folder_tokenizer(manifest)) for manifest in map(Manifest.open, folders(folder / "out"))]
 
 
 def text_of(i: int) -> str:

@@ -21,10 +21,13 @@ import configs
 from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.failures import failures
+from data_pipeline.jobs import make_job, make_jobs
 from data_pipeline.lease import Lease
-from data_pipeline.prepare import Preparation
+from data_pipeline.made_once import make_tokenizer
+from data_pipeline.preparation import Preparation
 from data_pipeline.shards import Manifest
 from data_pipeline.slices import Validation, make_slice
+from data_pipeline.summary import Summary, folders, verified
 from data_pipeline.tokenizer import Ids, Tokenizer
 from data_pipeline.work import Done, Unfinished, WorkError
 from tests.data_pipeline.inputs import REAL, real, sentences, write_corpora
@@ -62,7 +65,7 @@ def load(*overrides: str) -> Preparation:
     return configs.load(Preparation, Path("small.yaml"), overrides)
 
 
-def run(*overrides: str) -> list[prepare.Summary]:
+def run(*overrides: str) -> list[Summary]:
     return prepare.run(load(*overrides))
 
 
@@ -101,7 +104,7 @@ def test_three_corpora_become_shards_that_say_what_they_are(here: Path) -> None:
     manifest = Manifest.open(here / "out/crawl")
     assert manifest.head["config"]["corpus"] == "crawl" and manifest.head["inputs"] == 3
     assert manifest.head["tokenizer_sha256"] == Tokenizer.load(here / "out/tokenizer.json").sha256
-    assert not [line for folder in prepare.folders(here / "out") for line in prepare.verified(folder)]
+    assert not [line for folder in folders(here / "out") for line in verified(folder)]
 
 
 def test_the_shards_hold_the_texts(here: Path) -> None:
@@ -215,8 +218,8 @@ def test_who_is_at_work_on_a_refused_folder_is_said(here: Path) -> None:
 
 
 def test_a_slice_that_another_has_is_waited_for(here: Path) -> None:
-    tokenizer = prepare.make_tokenizer(load())
-    job = prepare.make_job(load(), "crawl", tokenizer)
+    tokenizer = make_tokenizer(load())
+    job = make_job(load(), "crawl", tokenizer)
     lease = Lease.take(job.lease_of(job.plan.slices[0]))
     assert lease is not None
     assert not make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
@@ -248,20 +251,20 @@ def test_inputs_that_come_later_are_a_generation_of_their_own(here: Path) -> Non
     after = contents(here / "out/books/slices")
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"1-00000"}
-    assert not list(prepare.verified(here / "out/books"))
+    assert not list(verified(here / "out/books"))
 
 
 def test_an_input_that_changed_is_made_again_as_long_as_nothing_is_sealed(here: Path) -> None:
-    tokenizer = prepare.make_tokenizer(load())
-    job = prepare.make_job(load(), "crawl", tokenizer)
+    tokenizer = make_tokenizer(load())
+    job = make_job(load(), "crawl", tokenizer)
     assert make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
     changed = here / job.plan.slices[0].parts[0].input.name
     changed.write_bytes((here / "crawl/2.warc.gz").read_bytes())
-    again = prepare.make_job(load(), "crawl", tokenizer)
+    again = make_job(load(), "crawl", tokenizer)
     assert [s.name for s in again.plan.slices] == ["0-00001", "0-00002", "0-00003"]
     assert not (here / "out/crawl/slices/0-00000").exists()
     crawl, *_ = run()
-    assert crawl.documents_read == 90 and not list(prepare.verified(here / "out/crawl"))
+    assert crawl.documents_read == 90 and not list(verified(here / "out/crawl"))
     assert {p["input"] for p in json.loads((here / "out/crawl/slices/0-00003/slice.json").read_text())["parts"]} == {
         "crawl/0.warc.gz"
     }
@@ -287,8 +290,8 @@ def test_an_input_of_finished_shards_that_changed_is_refused(here: Path) -> None
 
 
 def test_an_input_that_changes_while_it_is_read_is_refused(here: Path) -> None:
-    tokenizer = prepare.make_tokenizer(load())
-    job = prepare.make_job(load(), "books", tokenizer)
+    tokenizer = make_tokenizer(load())
+    job = make_job(load(), "books", tokenizer)
     touched = here / job.plan.slices[0].parts[0].input.name
     with pytest.raises(Exception, match="changed since it was planned; run data-prep run again"):
         make_slice(job, job.plan.slices[0], tokenizer, lambda *_: os.utime(touched, (1, 1)))
@@ -322,8 +325,8 @@ def test_leftovers_of_the_dead_are_swept(here: Path) -> None:
 def test_a_document_that_raises_is_set_aside_and_the_rest_is_done(
     here: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = prepare.make_tokenizer(load())
-    job = prepare.make_job(load(), "crawl", tokenizer)
+    tokenizer = make_tokenizer(load())
+    job = make_job(load(), "crawl", tokenizer)
     bad = sentences(3, 20)
     _poison(where, bad, monkeypatch)
     for slice in job.plan.slices:
@@ -359,11 +362,11 @@ def _poison(where: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_documents_that_all_raise_stop_the_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = prepare.make_tokenizer(load())
+    tokenizer = make_tokenizer(load())
     rows = "".join(json.dumps({"text": f"poison {i}"}) + "\n" for i in range(2000))
     (here / "mine.jsonl").write_text(rows)
     write_config({**CONFIG, "corpora": {"mine": {"kind": "text_files", "paths": ["mine.jsonl"]}}, "slice_bytes": 10**6})
-    job = prepare.make_job(load(), "mine", tokenizer)
+    job = make_job(load(), "mine", tokenizer)
     _poison("clean", "poison", monkeypatch)
     with pytest.raises(Exception, match=r"101 of 101 documents raise an error, the last: mine\.jsonl: document mine"):
         make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
@@ -469,7 +472,7 @@ def test_json_lines_in_ranges_give_what_the_whole_file_gives(here: Path) -> None
 
 def test_a_given_tokenizer_is_copied_and_another_refused(here: Path) -> None:
     given = here / "given.json"
-    prepare.make_tokenizer(load())
+    make_tokenizer(load())
     shutil.move(here / "out/tokenizer.json", given)
     shutil.rmtree(here / "out")
     write_config({**CONFIG, "tokenizer": {"kind": "file", "path": "given.json"}})
@@ -495,19 +498,19 @@ def test_an_exchanged_tokenizer_is_told(here: Path) -> None:
     assert str(error.value) == (
         "out/tokenizer.json: damaged or exchanged (sha256 differs from tokenizer.made.json); restore it"
     )
-    assert list(prepare.verified(here / "out/wiki")) == [
+    assert list(verified(here / "out/wiki")) == [
         f"{here}/out/tokenizer.json: not the tokenizer of {here}/out/wiki (sha256 differs); restore it"
     ]
 
 
 def test_the_sample_for_the_tokenizer_does_not_depend_on_the_order_of_inputs(here: Path) -> None:
-    prepare.make_tokenizer(load("tokenizer.sample_bytes=30000"))
+    make_tokenizer(load("tokenizer.sample_bytes=30000"))
     first = json.loads((here / "out/tokenizer.made.json").read_text())
     assert sum(each["bytes"] for each in first["sample"].values()) < 40_000
     assert all(each["documents"] > 0 for each in first["sample"].values())
     shutil.rmtree(here / "out")
     write_config({**CONFIG, "corpora": dict(reversed(CONFIG["corpora"].items()))})  # type: ignore[attr-defined]
-    prepare.make_tokenizer(load("tokenizer.sample_bytes=30000"))
+    make_tokenizer(load("tokenizer.sample_bytes=30000"))
     assert json.loads((here / "out/tokenizer.made.json").read_text()) == first
 
 
@@ -539,7 +542,7 @@ def test_shares_help_each_other_and_leave_alone_what_others_have(here: Path) -> 
     shutil.rmtree(here / "out")
     with pytest.raises(ConfigError, match=r"out: not planned; run data-prep plan"):
         prepare.run_share(load(), "slices", 0, 2, Done())
-    crawl, *others = prepare.make_jobs(load())
+    crawl, *others = make_jobs(load())
     for path in (here / "crawl").iterdir():
         path.rename(path.with_suffix(".later"))  # a share goes by the plan, and does not look for inputs
     done = Done()
@@ -591,7 +594,7 @@ def test_the_real_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert wiki.documents_read == 106 and wiki.set_aside == {"redirect": 100}
     assert books.documents_read == 1 and books.characters > 140_000
     assert all(2 < summary.characters_per_token < 4 for summary in (wiki, books))
-    assert not [line for folder in prepare.folders(Path("out")) for line in prepare.verified(folder)]
+    assert not [line for folder in folders(Path("out")) for line in verified(folder)]
 
 
 def test_a_slice_whose_text_the_fast_encoder_gets_wrong_is_made_with_the_other(
@@ -599,8 +602,8 @@ def test_a_slice_whose_text_the_fast_encoder_gets_wrong_is_made_with_the_other(
 ) -> None:
     """A gigatoken that swaps two ids is found on the slice's own text, though it passed the proof."""
     pytest.importorskip("gigatoken", reason="gigatoken is not installed")
-    tokenizer = prepare.make_tokenizer(load())
-    job = prepare.make_job(load(), "crawl", tokenizer)
+    tokenizer = make_tokenizer(load())
+    job = make_job(load(), "crawl", tokenizer)
     assert job.encoder == tokenizer.encoder == "gigatoken"
     make_slice(job, job.plan.slices[0], tokenizer, lambda *_: None)
     right = contents(job.folder_of(job.plan.slices[0]))

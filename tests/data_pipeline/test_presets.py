@@ -10,7 +10,7 @@ import pytest
 
 import configs
 from data_pipeline import prepare
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.inputs import REAL, real
 

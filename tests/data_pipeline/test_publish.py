@@ -12,6 +12,7 @@ from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
+from data_pipeline.summary import folders, verified
 from data_pipeline.work import WorkError
 from tests.data_pipeline.inputs import write_corpora
 from tests.data_pipeline.servers import moto
@@ -52,7 +53,7 @@ def download(bucket: Any, to: Path) -> Path:
 
 
 def damages(out: Path) -> list[str]:
-    return [line for folder in prepare.folders(out) for line in prepare.verified(folder)]
+    return [line for folder in folders(out) for line in verified(folder)]
 
 
 def times(bucket: Any) -> dict[str, Any]:
@@ -98,7 +99,8 @@ PROGRAM = (
     "import sys, configs\n"
     "from pathlib import Path\n"
     "from data_pipeline import prepare\n"
-    "prepare.run(configs.load(prepare.Preparation, Path('small.yaml'), sys.argv[1:]))\n"
+    "from data_pipeline.preparation import Preparation\n"
+    "prepare.run(configs.load(Preparation, Path('small.yaml'), sys.argv[1:]))\n"
 )
 
 

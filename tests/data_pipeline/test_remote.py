@@ -11,7 +11,7 @@ import yaml
 import configs
 from configs import ConfigError
 from data_pipeline import prepare
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.sources import remote
 from data_pipeline.sources.inputs import Input, InputError, Part, Reading, describe, find_inputs
 from data_pipeline.sources.remote import Patience

@@ -10,8 +10,9 @@ import configs
 from configs import ConfigError
 from data_pipeline import prepare
 from data_pipeline.document import Document
+from data_pipeline.made_once import make_tokenizer
 from data_pipeline.plan import cut
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.inputs import InputError, Part, Reading, describe
 from data_pipeline.sources.token_files import TokenFiles
@@ -200,7 +201,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_corpora(tmp_path)
     books = {"books": {"kind": "bookcorpus", "paths": ["books"]}}
     made = {"name": "text", "out": "text", "tokenizer": {"kind": "train", "vocab_size": 500}, "corpora": books}
-    tokenizer = prepare.make_tokenizer(configs.build(Preparation, made, "test"))
+    tokenizer = make_tokenizer(configs.build(Preparation, made, "test"))
     documents = [[*tokenizer.encode_batch([sentences(i, 30)])[0].tolist(), tokenizer.end_of_text] for i in range(60)]
     write_megatron(tmp_path / "a.bin", [[document] for document in documents])
     write_datatrove(tmp_path / "b.ds", [document[:-1] for document in documents])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import configs
-from data_pipeline.prepare import Preparation
+from data_pipeline.preparation import Preparation
 from launch import prep, queue
 from launch.slurm import Slurm
 from tests.processes import HERE as ROOT
