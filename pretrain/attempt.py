@@ -317,6 +317,9 @@ class Attempt:
         failures = [f for f in self.ranks.gather(failed) if f is not None]
         if rolls_back and self.run.checkpoint.on_error == "go_on":
             failures = [f for f in failures if f[0] == guard.TAKEN_OVER]
+        reasons = [error for error in self.ranks.gather(self.save_error) if error]  # of saves that failed before
+        if not failures and code in (guard.FAILED, guard.TAKEN_OVER) and reasons:
+            return code, reasons[0]
         return failures[0] if failures else (code, why)
 
     # --- words ----------------------------------------------------------------------------------------------------

@@ -75,8 +75,9 @@ def submit(
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file that a preparation made, with its hash; but for what differs between copies of the inputs."""
+    """Every file that a preparation made, with its hash; but for the jobs, and the card, which says its time."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "submissions" not in path.parts)
+    files = (path for path in files if path.stem != "card")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -14,7 +14,7 @@ from data_pipeline.sources.inputs import zstd
 from tests.data_pipeline.inputs import http, page, warc_record
 
 PROGRAM = """
-import json, resource, sys
+import json, sys
 from data_pipeline.sources.common_crawl import CommonCrawl
 from data_pipeline.sources.inputs import Part, Reading, describe
 from data_pipeline.sources.text_files import TextFiles
@@ -25,7 +25,8 @@ with Reading(Part(describe(path)), "c") as reading:
     for document in source.read(reading):
         largest, last = max(largest, len(document.text)), document.text[-10:]
     reading.finish()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = open("/proc/self/status").read()  # ru_maxrss would begin with that of the process that forked this one
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
 print(json.dumps([largest, last, dict(reading.set_aside), peak]))
 """
 GIB = 2**30
