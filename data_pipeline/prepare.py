@@ -184,8 +184,9 @@ def _check_made(jobs: Sequence[Job]) -> None:
 
 def _seal(preparation: Preparation, jobs: Sequence[Job]) -> None:
     _check_made(jobs)
-    for job in jobs:
-        sweep_leftovers(job)
+    for stage in (*(BEFORE_SLICES if preparation.dedup is not None else ()), "slices"):
+        for each in _works(preparation, jobs, stage):
+            sweep_leftovers(each)
     for summary in [summarized(seal_corpus(job)) for job in jobs]:
         if preparation.validation.fraction > 0 and not summary.validation_tokens:
             log.warning(
