@@ -32,18 +32,11 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from benchmarks.extraction import DATA, ONE_THREAD
 from data_pipeline.shards import Manifest
 
-DATA = Path(__file__).parents[2] / "shared/data"
 DOCUMENT_CHARS = 4000
 FEW = 20  # documents, to time a start
-ONE_THREAD = {
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,8 @@ def _without_duplicates(job: Job, slice: Slice, counts: Counts, hashes: list[str
 
 def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: Tell) -> Iterator[Document]:
     """From the inputs: read, cleaned, let through by the filters."""
-    aside = left_out(job.folder / job.stage, slice.name)
+    temporary = counts.gone.path.parent
+    aside = left_out(temporary.parent, slice.name)  # of the stage that reads, which need not be the job's own
     for number, part in enumerate(slice.parts):
         if number in aside:
             hashes.append("")
@@ -257,7 +258,7 @@ def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: T
             _note(counts, f"{part.input.name}: {KILLS}: set aside")
             continue
         _check_unchanged(part, slice)
-        mark(counts.gone.path.parent, number)
+        mark(temporary, number)
         before = counts.input_bytes
         with Reading(part, job.corpus, job.source.on_damage) as reading:
             for document in _read(job.source, reading):
@@ -273,7 +274,7 @@ def extracted(job: Job, slice: Slice, counts: Counts, hashes: list[str], tell: T
         counts.set_aside.update(reading.set_aside)
         _note(counts, *reading.notes)
         tell(counts.input_bytes, counts.read)
-    mark(counts.gone.path.parent, None)
+    mark(temporary, None)
 
 
 def _check_unchanged(part: Part, slice: Slice) -> None:

@@ -207,10 +207,10 @@ class _Pool:
         stage, deaths = job.folder / job.stage, self.deaths[task]
         name = f"{job.corpus}: slice {slice.name}"
         deaths.append(marked(stage, slice.name))
-        part = deaths[-1]
+        part, aside = deaths[-1], left_out(stage, slice.name)
         if deaths.count(part) < 2:
             log.warning("%s: its worker died (%s); once more in a fresh process", name, why)
-        elif part is None or len(left_out(stage, slice.name)) >= MOST:
+        elif part is None or part in aside or len(aside) >= MOST:
             inputs = ", ".join(part.input.name for part in slice.parts[:3])
             self._fail(task, f"{name} ({inputs}): its worker died twice ({why}); out of memory? try fewer workers")
             return

@@ -425,7 +425,8 @@ def test_a_slice_that_kills_twice_does_not_keep_the_others_from_being_made(here:
     assert len(list(here.glob("out/*/slices/[0-9]*/slice.json"))) == len(made) + 1
 
 
-def test_an_input_that_kills_twice_is_set_aside_and_the_rest_is_done(here: Path) -> None:
+@pytest.mark.parametrize(("stage", "more"), [("slices", []), ("texts", ["dedup={near: null}"])])
+def test_an_input_that_kills_twice_is_set_aside_and_the_rest_is_done(stage: str, more: list[str], here: Path) -> None:
     killer = here / "sitecustomize.py"
     killer.write_text(
         "import os\n"
@@ -439,12 +440,12 @@ def test_an_input_that_kills_twice_is_set_aside_and_the_rest_is_done(here: Path)
         "slices._read = read\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{Path(__file__).parents[2]}"}
-    done = subprocess.run([*COMMAND, "slice_bytes=1Mi"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "slice_bytes=1Mi", *more], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("its worker died (signal 9)") == 1
     said = (
         "crawl: slice 0-00000: crawl/1.warc.gz: its worker died twice (signal 9): set aside; "
-        "with fewer workers or more memory, remove out/crawl/slices/.0-00000.aside and its slice, and run again"
+        f"with fewer workers or more memory, remove out/crawl/{stage}/.0-00000.aside and its slice, and run again"
     )
     assert said in done.stderr
     manifest = Manifest.open(here / "out/crawl")
@@ -452,7 +453,7 @@ def test_an_input_that_kills_twice_is_set_aside_and_the_rest_is_done(here: Path)
     assert sum(manifest.head["counts"]["documents"].values()) == 60  # of the other two
     killer.unlink()
     once = contents(here / "out/crawl")
-    run("slice_bytes=1Mi")
+    run("slice_bytes=1Mi", *more)
     assert contents(here / "out/crawl") == once
 
 
