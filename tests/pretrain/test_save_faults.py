@@ -72,8 +72,7 @@ def attempt(folder: Path, branch: int, steps: list[int], fault: str, settings: C
             for other in running:
                 os.kill(other, signal.SIGKILL)
     assert failed is None or os.WIFSIGNALED(failed), f"exit code {os.waitstatus_to_exitcode(failed or 0)}"
-    killed = failed is not None
-    return killed
+    return failed is not None
 
 
 def resume(folder: Path) -> tuple[int, int]:
