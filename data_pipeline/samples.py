@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards import Manifest, Shards, Split, read_parquet
+from data_pipeline.shards import Manifest, Shards, Split
 from data_pipeline.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 150  # cut anywhere, so half a character may stand at either end of a text: it is stripped
@@ -89,6 +89,6 @@ def _first_document(shards: Shards, shard: int, row: int, tokenizer: Tokenizer, 
 
 def sidecar(shards: Shards, shard: int, ordinal: int) -> dict[str, Any]:
     """What a shard's sidecar says of a document; nothing where it does not begin in that shard."""
-    table = read_parquet(shards.path(shard, "docs.parquet").read_bytes())
+    table = shards.sidecar(shard)
     rows = table.slice(int(np.searchsorted(table["ordinal"].to_numpy(), ordinal)), 1).to_pylist()
     return rows[0] if rows and rows[0]["ordinal"] == ordinal else {}

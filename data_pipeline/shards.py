@@ -22,8 +22,9 @@ import io
 import itertools
 import json
 import os
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from configs import ConfigError, canonical_json
 from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
+from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, is_remote
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -53,6 +55,14 @@ Tokens = npt.NDArray[Any]  # of Format.dtype
 
 class ShardError(Exception):
     """A shard, sidecar or manifest that is damaged, missing or of another version. One line: file, place, remedy."""
+
+
+class DamagedBlock(ShardError):
+    """A block whose bytes are not those that were written."""
+
+    def __init__(self, line: str, slice: str, shard: str, row: int) -> None:
+        super().__init__(line)
+        self.slice, self.shard, self.row = slice, shard, row
 
 
 @dataclass(frozen=True)
@@ -486,11 +496,15 @@ def _generation(format: Format, head: dict[str, Any], table: pa.Table) -> dict[s
     return {"identity": hashlib.sha256(canonical_json(identity).encode()).hexdigest(), "shards": len(table), **totals}
 
 
+class _MissingTable(ShardError):
+    """What the head names is not there."""
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """An opened corpus: its head, its format, and its table of shards (Arrow, not Python objects)."""
+    """An opened corpus: its files, its head, its format, and its table of shards (Arrow, not Python objects)."""
 
-    folder: Path
+    files: Files
     head: dict[str, Any]
     format: Format
     table: pa.Table
@@ -498,16 +512,30 @@ class Manifest:
     @staticmethod
     def open(folder: Path) -> Manifest:
         """Open a corpus folder. Raises ShardError where it is missing, unfinished, damaged or newer than this code."""
-        head = read_head(folder)
-        if not (folder / head["table"]).is_file():
-            raise ShardError(f"{folder / head['table']}: missing, but {MANIFEST} names it; run data-prep run again")
-        data = (folder / head["table"]).read_bytes()
-        if _xxh(data).hex() != head["table_hash"]:
-            raise ShardError(
-                f"{folder / head['table']}: damaged (hash differs from {MANIFEST}); run data-prep run again"
-            )
+        return Manifest.read(Folder(folder))
+
+    @staticmethod
+    def read(files: Files) -> Manifest:
+        """Open a corpus wherever it lies. Raises as `open`, and where it cannot be read."""
+        head = _head(files)
+        try:
+            data = _table_of(files, head)
+        except _MissingTable:  # sealed again between the two
+            head = _head(files)
+            data = _table_of(files, head)
         format = Format(head["block_tokens"], head["vocab_size"], head["end_of_text"], head["shard_bytes"])
-        return Manifest(folder, head, format, read_parquet(data))
+        return Manifest(files, head, format, read_parquet(data))
+
+    @property
+    def folder(self) -> Path:
+        """Of a corpus on this machine."""
+        assert isinstance(self.files, Folder)
+        return self.files.folder
+
+    @property
+    def address(self) -> str:
+        """Where the corpus lies: a folder or an address."""
+        return self.files.address
 
     @property
     def generations(self) -> list[dict[str, Any]]:
@@ -522,11 +550,19 @@ class Manifest:
 
 def read_head(folder: Path) -> dict[str, Any]:
     """MANIFEST.json, checked against its own hash and our format version."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ShardError(f"{folder}: no {MANIFEST}: not a corpus, or not finished; run data-prep run")
+    return _head(Folder(folder))
+
+
+def _head(files: Files) -> dict[str, Any]:
+    path = f"{files.address}/{MANIFEST}"
     try:
-        head = json.loads(path.read_text(encoding="utf-8"))
+        data = files.whole(MANIFEST)
+    except Missing:
+        raise ShardError(f"{files.address}: no {MANIFEST}: not a corpus, or not finished; run data-prep run") from None
+    except Unreadable as error:
+        raise ShardError(str(error)) from None
+    try:
+        head = json.loads(data.decode("utf-8"))
         version, claimed = head["format"], head["sha256"]
     except (ValueError, KeyError, TypeError):
         raise ShardError(f"{path}: damaged (not a manifest); run data-prep run again") from None
@@ -535,6 +571,18 @@ def read_head(folder: Path) -> dict[str, Any]:
     if _self_hash(head) != claimed:
         raise ShardError(f"{path}: damaged (its own hash differs); run data-prep run again")
     return dict(head)
+
+
+def _table_of(files: Files, head: dict[str, Any]) -> bytes:
+    path = f"{files.address}/{head['table']}"
+    try:
+        return files.whole(head["table"], head["table_hash"])
+    except Damaged:
+        raise ShardError(f"{path}: damaged (hash differs from {MANIFEST}); run data-prep run again") from None
+    except Missing:
+        raise _MissingTable(f"{path}: missing, but {MANIFEST} names it; run data-prep run again") from None
+    except Unreadable as error:
+        raise ShardError(str(error)) from None
 
 
 def _head_bytes(head: dict[str, Any]) -> bytes:
@@ -546,14 +594,15 @@ def _self_hash(head: dict[str, Any]) -> str:
 
 
 class Shards:
-    """The shards of one split and generation: blocks by number, each checked against its hash when read."""
+    """The shards of one split and generation: blocks by number, each checked against its hash when read.
 
-    MAX_OPEN = 4  # files, of two shards: blocks are dealt from all shards, so more would seldom be asked for again
+    All reads may be made by several threads, and raise ShardError: DamagedBlock naming shard and block, or another
+    where bytes cannot be had.
+    """
 
     def __init__(self, manifest: Manifest, table: pa.Table) -> None:
-        self.manifest, self.format, self.table = manifest, manifest.format, table
+        self.manifest, self.format, self.table, self.files = manifest, manifest.format, table, manifest.files
         self.ends = np.cumsum(table["blocks"].to_numpy()) if len(table) else np.zeros(0, np.int64)
-        self._open: OrderedDict[Path, int] = OrderedDict()
 
     @property
     def blocks(self) -> int:
@@ -563,10 +612,13 @@ class Shards:
     def __len__(self) -> int:
         return len(self.table)
 
+    def name(self, shard: int, suffix: str) -> str:
+        """A file of a shard, in the corpus; `suffix` is one of tar, index.npy, docs.parquet."""
+        return f"slices/{self.table['slice'][shard]}/{self.table['name'][shard]}.{suffix}"
+
     def path(self, shard: int, suffix: str) -> Path:
-        """`suffix` is one of tar, index.npy, docs.parquet."""
-        slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
-        return self.manifest.folder / "slices" / slice_ / f"{name}.{suffix}"
+        """The same on this machine."""
+        return self.manifest.folder / self.name(shard, suffix)
 
     def locate(self, block: int) -> tuple[int, int]:
         """(shard, row) of a block."""
@@ -575,25 +627,28 @@ class Shards:
         return shard, block - (int(self.ends[shard - 1]) if shard else 0)
 
     def read(self, block: int) -> Tokens:
-        """The token ids of a block, shape (block_tokens + 1,). Raises ShardError naming shard and block on damage."""
+        """The token ids of a block, shape (block_tokens + 1,)."""
         shard, row = self.locate(block)
         return self.member(shard, row)
 
     def member(self, shard: int, row: int) -> Tokens:
         """The token ids of a shard's row (the row after its last block is its tail), shape (n,)."""
         entry = self._index_row(shard, row)
-        data = self._pread(self.path(shard, "tar"), int(entry["offset"]), int(entry["bytes"]))
-        if _xxh(data) != entry["hash"].tobytes():
-            raise ShardError(f"{self.path(shard, 'tar')}: block {row} is damaged; see data-prep verify")
-        return _from_npy(data)
+        offset, size, hash = int(entry["offset"]), int(entry["bytes"]), entry["hash"].tobytes()
+        with self._naming(shard, row, "tar", f"block {row} is", entry):
+            return _from_npy(self.files.part(self.name(shard, "tar"), offset, size, hash))
 
     def documents(self, shard: int, row: int) -> npt.NDArray[np.int64]:
         """(ordinal, start) of the document open at the row's first token and each that begins later, shape (d, 2)."""
         entry = self._index_row(shard, row)
-        data = self._pread(self.path(shard, "tar"), int(entry["docs_offset"]), int(entry["docs_bytes"]))
-        if _xxh(data) != entry["docs_hash"].tobytes():
-            raise ShardError(f"{self.path(shard, 'tar')}: documents of block {row} are damaged; see data-prep verify")
-        return _from_npy(data)
+        offset, size, hash = int(entry["docs_offset"]), int(entry["docs_bytes"]), entry["docs_hash"].tobytes()
+        with self._naming(shard, row, "tar", f"documents of block {row} are"):
+            return _from_npy(self.files.part(self.name(shard, "tar"), offset, size, hash))
+
+    def sidecar(self, shard: int) -> pa.Table:
+        """A row for each document that begins in a shard: SIDECAR's columns."""
+        with self._naming(shard, 0, "docs.parquet", "the file is"):
+            return read_parquet(self.files.whole(self.name(shard, "docs.parquet"), self._hash(shard, "docs_hash")))
 
     def tails(self) -> list[tuple[int, int]]:
         """(shard, row) of every tail."""
@@ -602,39 +657,58 @@ class Shards:
 
     def _index_row(self, shard: int, row: int) -> Any:
         dtype = self.format.index_dtype
-        path = self.path(shard, "index.npy")
-        data = self._pread(path, self._index_header + row * dtype.itemsize, dtype.itemsize)
-        entry = np.frombuffer(data, dtype)[0]
-        if int(entry["check"]) != _row_check(data, row):
-            raise ShardError(f"{path}: row {row} is damaged; see data-prep verify")
-        return entry
+        offset = self._index_header + row * dtype.itemsize
+
+        def is_right(data: bytes) -> bool:
+            return len(data) == dtype.itemsize and int.from_bytes(data[-8:], "little") == _row_check(data, row)
+
+        with self._naming(shard, row, "index.npy", f"row {row} is"):
+            name, hash = self.name(shard, "index.npy"), self._hash(shard, "index_hash")
+            return np.frombuffer(self.files.row(name, offset, dtype.itemsize, is_right, hash), dtype)[0]
+
+    def _hash(self, shard: int, column: str) -> str:
+        return str(self.table[column][shard])
 
     @cached_property
     def _index_header(self) -> int:
         """Bytes before the first row: numpy pads its header to 64, and ours has one length for all shapes in use."""
         return len(_npy(np.zeros(0, self.format.index_dtype)))
 
-    def _pread(self, path: Path, offset: int, size: int) -> bytes:
-        descriptor = self._open.pop(path, None)
+    @contextmanager
+    def _naming(self, shard: int, row: int, suffix: str, what: str, entry: Any = None) -> Iterator[None]:
+        """Around a read: damage said with shard and place, and the command that repairs it."""
         try:
-            if descriptor is None:
-                if len(self._open) >= self.MAX_OPEN:
-                    os.close(self._open.popitem(last=False)[1])
-                descriptor = os.open(path, os.O_RDONLY)
-            self._open[path] = descriptor
-            data = os.pread(descriptor, size, offset)
-        except FileNotFoundError:
-            raise ShardError(f"{path}: missing, but {MANIFEST} names it; see data-prep verify") from None
-        if len(data) != size:
-            raise ShardError(
-                f"{path}: truncated: {size} bytes expected at {offset}, got {len(data)}; see data-prep verify"
-            )
-        return data
+            yield
+        except Missing as error:
+            raise ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify") from None
+        except Unreadable as error:
+            raise ShardError(str(error)) from None
+        except Damaged as damaged:
+            slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
+            how = "damaged" if entry is None else _damage(damaged.data, entry)
+            line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"
+            raise DamagedBlock(line, slice_, name, row) from None
+
+    def _remedy(self, slice: str, name: str) -> str:
+        if not is_remote(self.files.address):
+            return f"run data-prep repair {self.files.address} {slice}/{name}"
+        corpus = self.manifest.head.get("corpus", "CORPUS")
+        return f"run data-prep repair CONFIG {corpus}/{slice}/{name} where it was made, which sends it anew"
 
     def close(self) -> None:
         """Close the open files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self.files.close()
+
+
+def _damage(data: bytes, entry: Any) -> str:
+    """What is wrong with a block's bytes, by its chunk hashes."""
+    size, offset = int(entry["bytes"]), int(entry["offset"])
+    if len(data) < size:
+        return f"truncated ({size} bytes expected at {offset}, got {len(data)})"
+    chunks = range(-(-size // CHUNK_BYTES))
+    wrong = [i for i in chunks if _xxh(data[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]) != entry["chunks"][i].tobytes()]
+    first, last = (wrong[0], wrong[-1] + 1) if wrong else (0, len(chunks))
+    return f"damaged (between byte {offset + first * CHUNK_BYTES} and {offset + min(last * CHUNK_BYTES, size)})"
 
 
 def verify(folder: Path) -> Iterator[str]:

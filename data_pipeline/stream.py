@@ -12,26 +12,41 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from configs import ConfigError, Float, Int, Section
+from configs import Bool, ConfigError, Float, Int, Section
+from data_pipeline.cache import Cache, Cached
+from data_pipeline.files import files_of, is_remote
 from data_pipeline.order import Order, Pool, Skips, Steps, cut, digest
 from data_pipeline.shards import Manifest, ShardError, Shards, Tokens
+from data_pipeline.stage import staged
 
 MIB = 2**20
+LOOK_AHEAD_STEPS = 4
+
+
+def _place(value: object) -> object:
+    """An address stays text, a folder becomes a path."""
+    if isinstance(value, str) and "://" not in value:
+        return Path(value)
+    if isinstance(value, str) and not is_remote(value):
+        raise ValueError(f"expected a folder, s3://bucket/prefix or https://host/path, got {value!r}")
+    return value
 
 
 class Source(Section):
     """A corpus as a run draws from it."""
 
-    shards: Path
+    shards: Annotated[Path | str, BeforeValidator(_place)]  # a folder, s3://bucket/prefix or https://host/path
+    shared_mount: Bool = False  # the folder is of another machine (Lustre, NFS): read through the cache, waited for
     weight: Float = Field(default=1.0, ge=0)
     max_epochs: Float | None = Field(default=None, gt=0)
     generations: Int | None = Field(default=None, gt=0)  # None: those sealed when the run began
@@ -48,6 +63,10 @@ class Data(Section):
     read_threads: Int = Field(default=1, gt=0)
     prefetch_steps: Int = Field(default=2, gt=0)
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
+    cache: Cache | None = None  # of remote shards, on the node's own disk
+    stage: Path | None = None  # a folder of the node's own disk: remote shards are copied there before the start
+    fetch_threads: Int = Field(default=8, gt=0)  # requests for remote blocks at once, per rank
+    prefetch_blocks: Int | None = Field(default=None, gt=0)  # remote blocks fetched ahead; None: half the open blocks
 
     @field_validator("sources")
     @classmethod
@@ -89,7 +108,7 @@ class Corpora:
 
     def _open(self, name: str, source: Source) -> Manifest:
         try:
-            manifest = Manifest.open(source.shards)
+            manifest = open_source(source, self.data)
         except ShardError as error:
             raise ConfigError(f"data.sources.{name}.shards: {error}") from None
         sealed = len(manifest.generations)
@@ -109,7 +128,8 @@ class Corpora:
                 if not blocks:
                     raise ConfigError(
                         f"data.sources.{name}: no full block of {manifest.format.block_tokens} tokens in generation "
-                        f"{generation} of {manifest.folder}; give it more text, or prepare it with smaller block_tokens"
+                        f"{generation} of {manifest.address}; give it more text, or prepare it with smaller "
+                        "block_tokens"
                     )
                 pools.append(Pool(name, generation, blocks, manifest.format.block_tokens // self.data.seq_tokens))
         return pools
@@ -121,6 +141,17 @@ class Corpora:
     def identities(self, generations: dict[str, int]) -> dict[str, list[str]]:
         """The sha256 identity of each generation in use."""
         return {n: [g["identity"] for g in self.manifests[n].generations[:count]] for n, count in generations.items()}
+
+
+def open_source(source: Source, data: Data) -> Manifest:
+    """A corpus, read through the run's cache and from what is staged where it is remote. Raises ShardError."""
+    files = files_of(source.shards, source.shared_mount)
+    if not (is_remote(source.shards) or source.shared_mount):
+        return Manifest.read(files)
+    if data.cache is not None:
+        files = Cached(files, data.cache.open())
+    manifest = Manifest.read(files)
+    return manifest if data.stage is None else staged(manifest, data.stage)
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,9 @@ class Stream:
     ) -> None:
         self.order, self.steps, self.skips, self.data = order, steps, skips, data
         self.micro_batch_seqs, self.rank, self.ranks = micro_batch_seqs, rank, ranks
-        self.open_blocks = _OpenBlocks(shards, self._open_blocks_needed(shards))
+        self.open_blocks = _OpenBlocks(
+            shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks
+        )
 
     def _open_blocks_needed(self, shards: Sequence[Shards]) -> int:
         """How many blocks this rank has open at once: a group per lane and pool, within the memory allowed."""
@@ -174,7 +207,12 @@ class Stream:
         fed = ~self.skips.mask(samples)
         where = self.order.locate(samples)
         for i, (pool, block, row) in enumerate(zip(where.pool, where.block, where.row, strict=True)):
-            ids = self.open_blocks.read(int(pool), int(block))
+            try:
+                ids = self.open_blocks.read(int(pool), int(block))
+            except ShardError:
+                if fed[i]:
+                    raise
+                continue  # nobody looks at what is skipped
             tokens[i] = ids[row * length : row * length + length + 1]
         valid[: len(samples)] = np.where(fed, length, 0)
         share = digest(samples[fed], tokens[: len(samples)][fed])
@@ -182,7 +220,8 @@ class Stream:
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""
-        with ThreadPoolExecutor(self.data.read_threads, thread_name_prefix="longhaul-read") as pool:
+        readers = ThreadPoolExecutor(self.data.read_threads, thread_name_prefix="longhaul-read")
+        with readers as pool, self.open_blocks.ahead(self._blocks(first_step, end_step)):
             ahead: deque[Future[Batch]] = deque()
             upcoming = iter(range(first_step, end_step))
             try:
@@ -196,24 +235,102 @@ class Stream:
                 for future in ahead:
                     future.cancel()
 
+    def _blocks(self, first_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
+        """(pool, block) of all that each step reads."""
+        for step in range(first_step, end_step):
+            numbers = np.arange(self.steps.start(step), self.steps.start(step + 1))
+            where = self.order.locate(cut(numbers, self.order.lanes, self.rank, self.ranks))
+            yield list(dict.fromkeys(zip(where.pool.tolist(), where.block.tolist(), strict=True)))
+
 
 class _OpenBlocks:
-    """The blocks in use, least recently used out first; shared by the reading threads."""
+    """The blocks in use, least recently used out first; shared by the reading threads.
 
-    def __init__(self, shards: Sequence[Shards], capacity: int) -> None:
-        self.shards, self.capacity = shards, capacity
-        self.blocks: OrderedDict[tuple[int, int], Tokens] = OrderedDict()
+    Those of remote shards are fetched by threads of their own, ahead of need: `ahead` is told what steps will read.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shards], capacity: int, fetch_threads: int = 1, prefetch_blocks: int | None = None
+    ) -> None:
+        self.shards, self.capacity, self.fetch_threads = shards, capacity, fetch_threads
+        self.depth = min(prefetch_blocks or capacity // 2, capacity // 2)  # what is fetched is not to push itself out
+        self.remote = [each.files.is_far for each in shards]
+        self.blocks: OrderedDict[tuple[int, int], Tokens | Future[Tokens]] = OrderedDict()
+        self.unread: set[tuple[int, int]] = set()  # fetched ahead, or about to be
+        self.steps: Iterator[list[tuple[int, int]]] = iter(())
+        self.fetchers: ThreadPoolExecutor | None = None
         self.lock = threading.Lock()
 
     def read(self, pool: int, block: int) -> Tokens:
+        """The token ids of a block. Raises ShardError; CancelledError where the reading has ended meanwhile."""
+        key = (pool, block)
         with self.lock:
-            ids = self.blocks.pop((pool, block), None)
+            ids = self.blocks.pop(key, None)
             if ids is None:
-                ids = self.shards[pool].read(block)
-                while len(self.blocks) >= self.capacity:
-                    self.blocks.popitem(last=False)
-            self.blocks[(pool, block)] = ids
-            return ids
+                ids = self._begin(key)
+            self._put(key, ids)
+            self.unread.discard(key)
+            if self.fetchers is not None:
+                self._go_ahead()
+        if isinstance(ids, Future):
+            ids = self._result(key, ids)
+        return ids
+
+    @contextmanager
+    def ahead(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[None]:
+        """While this lasts, remote blocks are fetched ahead in the order in which `steps` names them."""
+        if not any(self.remote):
+            yield
+            return
+        with self.lock:
+            self.fetchers = ThreadPoolExecutor(self.fetch_threads, thread_name_prefix="longhaul-fetch")
+            self.steps = steps
+        try:
+            yield
+        finally:
+            with self.lock:
+                fetchers, self.fetchers, self.steps = self.fetchers, None, iter(())
+                self.unread.clear()
+                for key in [key for key, ids in self.blocks.items() if isinstance(ids, Future) and not ids.done()]:
+                    del self.blocks[key]
+            fetchers.shutdown(wait=False, cancel_futures=True)  # a server that does not answer holds up no end
+
+    def _begin(self, key: tuple[int, int]) -> Tokens | Future[Tokens]:
+        """A block's tokens, or the promise of them."""
+        pool, block = key
+        if self.remote[pool] and self.fetchers is not None:
+            return self.fetchers.submit(self.shards[pool].read, block)
+        return self.shards[pool].read(block)
+
+    def _put(self, key: tuple[int, int], ids: Tokens | Future[Tokens]) -> None:
+        while len(self.blocks) >= self.capacity:
+            self.unread.discard(self.blocks.popitem(last=False)[0])
+        self.blocks[key] = ids
+
+    def _go_ahead(self) -> None:
+        """Order what the next steps need. Few steps at a time, for it holds up the readers."""
+        for _ in range(LOOK_AHEAD_STEPS):
+            if len(self.unread) >= self.depth or (keys := next(self.steps, None)) is None:
+                return
+            for key in keys:
+                if self.remote[key[0]] and key not in self.blocks:
+                    self._put(key, self._begin(key))
+                    self.unread.add(key)
+
+    def _result(self, key: tuple[int, int], promise: Future[Tokens]) -> Tokens:
+        while wait([promise], timeout=1.0).not_done:
+            if self.fetchers is None:
+                raise CancelledError
+        try:
+            ids = promise.result()
+        except BaseException:
+            with self.lock:
+                self.blocks.pop(key, None)  # who asks again reads again
+            raise
+        with self.lock:
+            if self.blocks.get(key) is promise:
+                self.blocks[key] = ids
+        return ids
 
 
 class Validation:

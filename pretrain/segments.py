@@ -270,7 +270,7 @@ def _check_identities(records: Sequence[SegmentRecord], corpora: Corpora) -> Non
             found = [g["identity"] for g in corpora.manifests[name].generations[: len(identities)]]
             if found != identities:
                 raise ConfigError(
-                    f"data.sources.{name}.shards: {corpora.manifests[name].folder} does not hold what this run began "
+                    f"data.sources.{name}.shards: {corpora.manifests[name].address} does not hold what this run began "
                     f"with: manifest {_short(identities)} -> {_short(found)}"
                 )
 

@@ -348,7 +348,7 @@ def _journal(
 ) -> Journal:
     journal = Journal(run.run_folder, branch)
     datasets = [
-        {"name": name, "source": str(m.folder), "digest": course.record.identities[name][-1]}
+        {"name": name, "source": m.address, "digest": course.record.identities[name][-1]}
         for name, m in course.corpora.manifests.items()
     ]
     journal.attempt(

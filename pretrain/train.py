@@ -18,6 +18,7 @@ from pretrain.preflight import PreflightError
 from pretrain.ranks import AbsentRanks, Ranks
 from pretrain.rollback import roll_back
 from pretrain.run import TrainRun
+from pretrain.staging import stage_shards
 from pretrain.start import begin
 from pretrain.suspects import accuse
 from pretrain.watchdog import Watchdog
@@ -45,6 +46,8 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     attempt: Attempt | None = None
     together = False  # every rank raises the same
     try:
+        if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
+            return stopped
         attempt = begin(run, ranks, stop, watchdog, startup)
         while (code := _loop(attempt)) and roll_back(attempt):
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)

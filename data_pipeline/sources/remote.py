@@ -62,6 +62,18 @@ class Broken(Exception):
         self.wait_s = wait_s
 
 
+class Shorter(Exception):
+    """An object of unknown size that ends before the range does."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"{size} bytes")
+        self.size = size
+
+
+class Gone(InputError):
+    """An object that is not there."""
+
+
 class Server(Protocol):
     """Where an object is. Both raise Broken, and InputError for what trying again will not mend."""
 
@@ -69,8 +81,11 @@ class Server(Protocol):
         """(size, version) of the object."""
         ...
 
-    def fetch(self, start: int, stop: int, size: int, version: str) -> Iterator[bytes]:
-        """The bytes from `start` to `stop` of the object of that size and version, in pieces."""
+    def fetch(self, start: int, stop: int, size: int | None, version: str | None) -> Iterator[bytes]:
+        """The bytes from `start` to `stop` of the object of that size and version, in pieces.
+
+        Where neither is known (None), of the object as it is. Raises Shorter where it ends before `stop`.
+        """
         ...
 
 
@@ -137,19 +152,34 @@ class RemoteFile:
         self._held = b""
 
     def _range(self, start: int, stop: int) -> bytes:
-        got, failures = bytearray(), 0
-        while True:
-            deadline = time.monotonic() + PATIENCE.range_s
-            try:
-                for piece in self.server.fetch(start + len(got), stop, self.size, self.version):
-                    got += piece[: stop - start - len(got)]
-                    if len(got) == stop - start:
-                        return bytes(got)
-                    if time.monotonic() > deadline:
-                        raise Broken(f"too slow: {len(got)} of {stop - start} bytes")
-                raise Broken(f"ended at byte {start + len(got)} of the range {start}-{stop}")
-            except Broken as broken:
-                failures = _again(self.name, failures, broken)
+        return _range(self.server, self.name, start, stop, self.size, self.version)
+
+
+def read_range(name: str, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop` of an object, in whatever version: for who knows their hash, without asking for
+    size and version first. Fewer only where the object ends. Raises InputError."""
+    try:
+        return _range(_server(name), name, start, stop, None, None)
+    except Shorter as shorter:
+        if shorter.size <= start:
+            return b""
+        return _range(_server(name), name, start, shorter.size, None, None)
+
+
+def _range(server: Server, name: str, start: int, stop: int, size: int | None, version: str | None) -> bytes:
+    got, failures = bytearray(), 0
+    while True:
+        deadline = time.monotonic() + PATIENCE.range_s
+        try:
+            for piece in server.fetch(start + len(got), stop, size, version):
+                got += piece[: stop - start - len(got)]
+                if len(got) == stop - start:
+                    return bytes(got)
+                if time.monotonic() > deadline:
+                    raise Broken(f"too slow: {len(got)} of {stop - start} bytes")
+            raise Broken(f"ended at byte {start + len(got)} of the range {start}-{stop}")
+        except Broken as broken:
+            failures = _again(name, failures, broken)
 
 
 @functools.lru_cache(maxsize=64)
@@ -162,7 +192,7 @@ def _changed(name: str) -> InputError:
 
 
 def _gone(name: str, why: str) -> InputError:
-    return InputError(f"{name}: not there ({why}); check the address, or put it back")
+    return Gone(f"{name}: not there ({why}); check the address, or put it back")
 
 
 # --- https:// and http:// -------------------------------------------------------------------------------------------
@@ -199,17 +229,21 @@ class WebServer:
                 raise InputError(f"{self.name}: its server does not tell its size; copy it here")
             return total, answer.version()
 
-    def fetch(self, start: int, stop: int, size: int, version: str) -> Iterator[bytes]:
-        strong = {"If-Match": version} if version.startswith('"') else {}
+    def fetch(self, start: int, stop: int, size: int | None, version: str | None) -> Iterator[bytes]:
+        strong = {"If-Match": version} if version is not None and version.startswith('"') else {}
         with _Answer(self.name, {"Range": f"bytes={start}-{stop - 1}", **strong}) as answer:
+            if answer.status == 416 and version is None:
+                raise Shorter(answer.content_range()[1] or 0)
             if answer.status in (412, 416):
                 raise _changed(self.name)
             if answer.status not in (200, 206):
                 raise answer.refusal()
             begin, total = answer.content_range() if answer.status == 206 else (0, answer.length())
-            if answer.version() != version or total != size:
+            if version is None and total is not None and total < stop:
+                raise Shorter(total)
+            if version is not None and (answer.version() != version or total != size):
                 raise _changed(self.name)
-            if answer.status == 200 and (start, stop) != (0, size):
+            if answer.status == 200 and (start, stop) != (0, total):
                 raise InputError(f"{self.name}: its server does not answer range requests; copy it here")
             if begin != start:
                 raise Broken(f"asked for byte {start}, got {begin}")
@@ -369,18 +403,24 @@ class ObjectStore:
             raise refusal(self.name, error) from None
         return about["size"], about["e_tag"] or about["last_modified"].isoformat()
 
-    def fetch(self, start: int, stop: int, size: int, version: str) -> Iterator[bytes]:
+    def fetch(self, start: int, stop: int, size: int | None, version: str | None) -> Iterator[bytes]:
         import obstore
 
         options: Any = {"range": (start, stop)}
-        if version.startswith('"'):
+        if version is not None and version.startswith('"'):
             options["if_match"] = version
         try:
             answer = obstore.get(self.store, self.key, options=options)
         except Exception as error:
+            if version is None and "416 Range Not Satisfiable" in str(error):
+                raise Shorter(self.describe()[0]) from None
             raise refusal(self.name, error) from None
         about = answer.meta
-        if about["size"] != size or (about["e_tag"] or about["last_modified"].isoformat()) != version:
+        if version is None and about["size"] < stop:
+            raise Shorter(about["size"])
+        if version is not None and (
+            about["size"] != size or (about["e_tag"] or about["last_modified"].isoformat()) != version
+        ):
             raise _changed(self.name)
         try:
             for piece in answer.stream(min_chunk_size=STORE_PIECE_BYTES):

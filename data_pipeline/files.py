@@ -1,0 +1,244 @@
+"""Where the files of a corpus are, and how their bytes are read and checked: a folder, a mount, a server, a store.
+
+What is read is compared with its hash, and read once more before it is called damaged. Bytes that cannot be had are
+another matter (`Unreadable`): they are waited for, as a shared mount may show a file late, and never taken for damage.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import xxhash
+
+from configs import ConfigError
+
+T = TypeVar("T")
+REMOTE = ("s3://", "https://", "http://")
+LATE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO)
+PATIENCE_S = 2.0  # of a run, for a file of a folder that is not there, or not as long as it should be
+MOUNT_PATIENCE_S = 75.0  # on a shared mount; NFS looks at a folder again after up to 60 s
+
+
+class Unreadable(Exception):
+    """Bytes that could not be had, however long they were waited for. One line."""
+
+
+class Missing(Unreadable):
+    """A file that is not there."""
+
+
+class Damaged(Exception):
+    """Bytes that are there, and are not those that were written. `data` is what was read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(f"{len(data)} bytes")
+        self.data = data
+
+
+Check = Callable[[bytes], bool]
+
+
+class Files(Protocol):
+    """The files of a corpus. Each may be read by several threads. All reads raise Unreadable, and Damaged."""
+
+    address: str
+    is_far: bool  # so that it pays to fetch ahead
+
+    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
+        """Bytes of a file whose xxh3-128 is known."""
+        ...
+
+    def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
+        """Bytes that check themselves, of a file whose xxh3-128 (hex) is known."""
+        ...
+
+    def whole(self, name: str, hash: str | None = None) -> bytes:
+        """A small file, checked where its xxh3-128 (hex) is known."""
+        ...
+
+    def raw(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes as they are, fewer only where the file ends."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; it opens again when it is needed."""
+        ...
+
+
+class _Checked:
+    """What all places have in common: the checks."""
+
+    address: str
+
+    def raw(self, name: str, offset: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def size(self, name: str) -> int:
+        raise NotImplementedError
+
+    def renew(self, name: str) -> None:
+        """Before a file is read again because what came was not right."""
+
+    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
+        return self._right(name, offset, size, lambda data: xxhash.xxh3_128_digest(data) == hash)
+
+    def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
+        return self._right(name, offset, size, is_right)
+
+    def whole(self, name: str, hash: str | None = None) -> bytes:
+        return self._right(name, 0, None, lambda data: hash is None or xxhash.xxh3_128_hexdigest(data) == hash)
+
+    def _right(self, name: str, offset: int, size: int | None, is_right: Check) -> bytes:
+        for _ in range(2):
+            count = self.size(name) if size is None else size
+            data = self.raw(name, offset, count)
+            if len(data) < count:
+                break
+            if is_right(data):
+                return data
+            self.renew(name)
+        raise Damaged(data)
+
+    def close(self) -> None:
+        pass
+
+
+class Folder(_Checked):
+    """A folder of this machine, or one on a mount, which is waited for longer."""
+
+    MAX_OPEN = 4  # files, of two shards: blocks are dealt from all shards, so more would seldom be asked for again
+
+    def __init__(self, folder: Path, patience_s: float = 0.0) -> None:
+        self.folder, self.address, self.patience_s = folder, str(folder), patience_s
+        self.is_far = patience_s > PATIENCE_S
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def raw(self, name: str, offset: int, size: int) -> bytes:
+        return self._patiently(name, lambda: self._pread(name, offset, size), lambda data: len(data) == size)
+
+    def size(self, name: str) -> int:
+        def count() -> int:
+            opened = self._opened(name)
+            return os.fstat(opened.number).st_size
+
+        return self._patiently(name, count, lambda _: True)
+
+    def renew(self, name: str) -> None:
+        with self._lock:
+            self._open.pop(name, None)
+
+    def whole(self, name: str, hash: str | None = None) -> bytes:
+        try:
+            return super().whole(name, hash)
+        finally:
+            self.renew(name)
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _pread(self, name: str, offset: int, size: int) -> bytes:
+        opened = self._opened(name)  # held, so that it stays open
+        return os.pread(opened.number, size, offset)
+
+    def _opened(self, name: str) -> _Descriptor:
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+            while len(self._open) >= self.MAX_OPEN:
+                self._open.popitem(last=False)
+        opened = _Descriptor(self.folder / name)  # not under the lock: it may take a mount its time
+        with self._lock:
+            self._open[name] = opened
+        return opened
+
+    def _patiently(self, name: str, read: Callable[[], T], is_enough: Callable[[T], bool]) -> T:
+        """Read again, through a new descriptor, what is not there, stale, or too short; the last result counts."""
+        deadline, wait = time.monotonic() + self.patience_s, 0.05
+        while True:
+            over = time.monotonic() >= deadline
+            try:
+                if is_enough(result := read()) or over:
+                    return result
+            except OSError as error:
+                if over or error.errno not in LATE:
+                    raise self._refusal(name, error) from None
+            self.renew(name)
+            time.sleep(min(wait, max(deadline - time.monotonic(), 0.01)))
+            wait = min(2 * wait, 5.0)
+
+    def _refusal(self, name: str, error: OSError) -> Unreadable:
+        if error.errno == errno.ENOENT:
+            return Missing(f"{self.folder / name}: missing")
+        return Unreadable(f"{self.folder / name}: {error.strerror}")
+
+
+class _Descriptor:
+    """An open file, closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class Remote(_Checked):
+    """Files on a web server or in a store that speaks S3, read by ranges (see sources/remote.py)."""
+
+    is_far = True
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+
+    def raw(self, name: str, offset: int, size: int) -> bytes:
+        from data_pipeline.sources import remote
+
+        return self._asked(name, lambda: remote.read_range(f"{self.address}/{name}", offset, offset + size))
+
+    def size(self, name: str) -> int:
+        from data_pipeline.sources import remote
+
+        return self._asked(name, lambda: remote.describe(f"{self.address}/{name}")[0])
+
+    def _asked(self, name: str, ask: Callable[[], T]) -> T:
+        from data_pipeline.sources.inputs import InputError
+        from data_pipeline.sources.remote import Gone
+
+        try:
+            return ask()
+        except Gone:
+            raise Missing(f"{self.address}/{name}: missing") from None
+        except InputError as error:
+            raise Unreadable(str(error)) from None
+
+
+def is_remote(place: Path | str) -> bool:
+    """Whether shards lie on a server or in a store."""
+    return str(place).startswith(REMOTE)
+
+
+@functools.lru_cache(maxsize=64)
+def _remote(address: str) -> Remote:
+    return Remote(address)
+
+
+def files_of(place: Path | str, shared_mount: bool = False) -> Files:
+    """The files at a folder or an address. Raises ConfigError for an address of another kind."""
+    if is_remote(place):
+        return _remote(str(place))
+    if "://" in str(place):
+        raise ConfigError(f"expected a folder, s3://bucket/prefix or https://..., got {str(place)!r}")
+    return Folder(Path(place), MOUNT_PATIENCE_S if shared_mount else PATIENCE_S)
