@@ -133,6 +133,23 @@ def verify(where: Where, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def repair(
+    where: Where,
+    shard: Annotated[str | None, typer.Argument(help="SLICE/SHARD, as messages name it; without it all")] = None,
+) -> None:
+    """Make damaged files of finished shards whole: from where they were published, or again from their inputs."""
+    from data_pipeline import repair as repairs
+
+    mended = 0
+    with _stoppable():
+        for line in repairs.repair(where, shard):
+            print(line, flush=True)
+            mended += 1
+    if not mended:
+        print("whole")
+
+
+@app.command()
 def card(where: Where, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the data card of finished shards beside them, as `run` does: card.html and card.json. Print where."""
     from data_pipeline.card import CARD

@@ -181,7 +181,9 @@ def test_a_damaged_block_ends_the_stream_with_its_name(read_threads: int, folder
     path.write_bytes(damaged)
     seen = []
     try:
-        with pytest.raises(ShardError, match=f"^{re.escape(str(path))}: block {row} is damaged .*; run data-prep repair"):
+        with pytest.raises(
+            ShardError, match=f"^{re.escape(str(path))}: block {row} is damaged .*; run data-prep repair"
+        ):
             for batch in plan.stream(read_threads=read_threads, prefetch_steps=4).batches(0, STEPS):
                 seen.append(batch.step)
     finally:

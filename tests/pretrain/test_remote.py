@@ -1,0 +1,84 @@
+"""A run whose shards lie in an object store: the run from disk, to the last bit, also when it is killed; staging."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+
+from configs import ConfigError
+from pretrain.guard import StopSignals
+from pretrain.ranks import Ranks
+from pretrain.run import load_run
+from pretrain.staging import stage_shards
+from pretrain.watchdog import Watchdog
+from tests.data_pipeline.servers import moto
+from tests.processes import on_ranks
+from tests.runs import Started, final_state, losses, run_to_end, write_run
+
+STEPS = 20
+
+
+def upload(bucket: Any, folder: Path) -> list[str]:
+    """Both corpora, and the overrides that name them there."""
+    for name in ("alpha", "beta"):
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_file():
+                obstore.put(bucket, f"pre/{path.relative_to(folder)}", path.read_bytes())
+    return [f"data.sources.{name}.shards=s3://shards/pre/{name}" for name in ("alpha", "beta")]
+
+
+def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden, away = tmp_path / "golden", tmp_path / "away"
+    run_to_end(write_run(golden, steps=STEPS), 2)
+    config = write_run(away, steps=STEPS)
+    with moto(monkeypatch, "shards") as bucket:
+        overrides = [*upload(bucket, away), f"data.cache.folder={away / 'cache'}", "data.cache.gib=0.1"]
+        for name in ("alpha", "beta"):
+            (away / name).rename(away / f"not-{name}")
+        variables = {"LONGHAUL_FAIL_AT": "cache.fetched@1#25=kill"}
+        started = Started(config, 2, *overrides, "checkpoint.save_every_steps=2", variables=variables)
+        deadline = time.monotonic() + 300
+        while started.processes[1].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert started.processes[1].returncode == -9
+        started.kill()
+        text = run_to_end(config, 2, *overrides, "checkpoint.save_every_steps=2")
+    assert "damaged" not in text and f"step {STEPS}/{STEPS}" in text
+    assert final_state(away)[0] == final_state(golden)[0]  # the digest too
+    expected = losses(golden, 1)
+    later = losses(away, 2)
+    assert later == {step: loss for step, loss in expected.items() if step in later} and STEPS in later
+
+
+def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
+    logging.basicConfig(level=logging.INFO)
+    said: list[str] = []
+    logging.getLogger("pretrain").addFilter(lambda record: said.append(record.getMessage()) or True)
+    run = load_run(Path(config))
+    watchdog = Watchdog(ranks, run.run_folder, 100.0, 100.0)
+    try:
+        return stage_shards(run, ranks, StopSignals(), watchdog), "", said
+    except ConfigError as error:
+        return None, str(error), said
+    finally:
+        watchdog.stop()
+
+
+def test_one_rank_of_a_node_stages_and_all_wait(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=STEPS)
+    text = config.read_text().replace("weight: 0.", "shared_mount: true, weight: 0.")
+    config.write_text(text.replace("  seq_tokens: 64\n", f"  seq_tokens: 64\n  stage: {tmp_path}/disk\n"))
+    results = on_ranks(tmp_path, 2, stage_here, str(config))
+    assert [result[:2] for result in results] == [(None, ""), (None, "")]
+    assert sum(line.startswith("staged: ") for _, _, said in results for line in said) == 1
+    for name in ("alpha", "beta"):
+        for path in (tmp_path / name).rglob("*.tar"):
+            (copy,) = [p for p in (tmp_path / "disk").rglob(path.name) if p.read_bytes() == path.read_bytes()]
+            assert copy.parent.name == path.parent.name
