@@ -255,7 +255,7 @@ def prepare_megatron(source: Path, folder: Path) -> None:
 
 
 class _Tokenizer:
-    vocab_size, eod, pad, unique_identifiers = VOCABULARY, END, END, {"name": "benchmark"}
+    vocab_size, eod, pad, unique_identifiers = VOCABULARY, END, VOCABULARY, {"name": "benchmark"}
 
 
 def _megatron(folder: Path, cache: Path) -> Any:
