@@ -26,7 +26,7 @@ from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote
 from data_pipeline.order import Order, Pool, Skips, Steps, cut, digest
-from data_pipeline.shards import Manifest, ShardError, Shards, Tokens
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens
 from data_pipeline.stage import staged
 
 MIB = 2**20
@@ -39,6 +39,8 @@ def _place(value: object) -> object:
         return Path(value)
     if isinstance(value, str) and not is_remote(value):
         raise ValueError(f"expected a folder, s3://bucket/prefix or https://host/path, got {value!r}")
+    if isinstance(value, str) and re.search(r"//[^/]*@|[?#]", value):
+        raise ValueError("expected an address without user, password, query and fragment: it goes into logs")
     return value
 
 
@@ -209,14 +211,20 @@ class Stream:
         for i, (pool, block, row) in enumerate(zip(where.pool, where.block, where.row, strict=True)):
             try:
                 ids = self.open_blocks.read(int(pool), int(block))
-            except ShardError:
+            except DamagedBlock as damage:
                 if fed[i]:
-                    raise
+                    raise self._without(damage, int(pool), int(block)) from None
                 continue  # nobody looks at what is skipped
             tokens[i] = ids[row * length : row * length + length + 1]
         valid[: len(samples)] = np.where(fed, length, 0)
         share = digest(samples[fed], tokens[: len(samples)][fed])
         return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), share)
+
+    def _without(self, damage: DamagedBlock, pool: int, block: int) -> DamagedBlock:
+        """The same, with the way to go on without the block."""
+        its = self.order.pools[pool]
+        line = f"{damage}; or pretrain amend RUN skip_blocks={its.source}:{its.generation}:{block} to go on without it"
+        return DamagedBlock(line, damage.slice, damage.shard, damage.row)
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""

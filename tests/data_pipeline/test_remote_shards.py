@@ -210,6 +210,20 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server
         list(stream.batches(0, STEPS))
 
 
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("gs://bucket/x", "expected a folder, s3://bucket/prefix or https://host/path, got 'gs://bucket/x'"),
+        ("https://me:SECRET@host/x", "expected an address without user, password, query and fragment"),
+        ("https://host/x?token=SECRET", "expected an address without user, password, query and fragment"),
+    ],
+)
+def test_addresses_that_are_refused(address: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"sources.alpha.shards: {expected}")) as error:
+        data_of(address)
+    assert "SECRET" not in str(error.value)
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +246,8 @@ def test_damage_at_the_source_stops_the_run_with_its_name(corpus: Path, server: 
     slice_, name = Path(path).parent.name, Path(path).stem
     expected = (
         rf"^{server.address}{re.escape(path)}: block {row} is damaged \(between byte \d+ and \d+\); run data-prep "
-        rf"repair CONFIG alpha/{slice_}/{name} where it was made, which sends it anew$"
+        rf"repair CONFIG alpha/{slice_}/{name} where it was made, which sends it anew; "
+        r"or pretrain amend RUN skip_blocks=alpha:0:\d+ to go on without it$"
     )
     for more in ({}, cached(tmp_path)):
         with pytest.raises(DamagedBlock, match=expected):
