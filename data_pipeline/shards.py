@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -600,9 +600,12 @@ class Shards:
     where bytes cannot be had.
     """
 
+    MAX_NAMES = 2**14  # some MB
+
     def __init__(self, manifest: Manifest, table: pa.Table) -> None:
         self.manifest, self.format, self.table, self.files = manifest, manifest.format, table, manifest.files
         self.ends = np.cumsum(table["blocks"].to_numpy()) if len(table) else np.zeros(0, np.int64)
+        self._names: dict[int, str] = {}  # reading one from the table takes as long as reading a block
 
     @property
     def blocks(self) -> int:
@@ -614,7 +617,12 @@ class Shards:
 
     def name(self, shard: int, suffix: str) -> str:
         """A file of a shard, in the corpus; `suffix` is one of tar, index.npy, docs.parquet."""
-        return f"slices/{self.table['slice'][shard]}/{self.table['name'][shard]}.{suffix}"
+        stem = self._names.get(shard)
+        if stem is None:
+            if len(self._names) >= self.MAX_NAMES:
+                self._names.clear()
+            stem = self._names[shard] = f"slices/{self.table['slice'][shard]}/{self.table['name'][shard]}"
+        return f"{stem}.{suffix}"
 
     def path(self, shard: int, suffix: str) -> Path:
         """The same on this machine."""
@@ -802,8 +810,20 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
 
 
 def _from_npy(data: bytes) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
+    """The array of a .npy file; read-only, it lies in the bytes."""
+    header = 10 + int.from_bytes(data[8:10], "little")
+    shape, dtype = _npy_header(data[:header])
+    return np.frombuffer(data, dtype, offset=header).reshape(shape)
+
+
+@lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of a header as `_npy` writes it: numpy takes longer to read it than to read a block."""
+    file = io.BytesIO(header)
+    assert np.lib.format.read_magic(file) == (1, 0)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    assert not fortran
+    return shape, dtype
 
 
 def _padded(size: int) -> int:

@@ -6,6 +6,7 @@ with another first step; threads, caches and micro-batches decide how fast it co
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import threading
@@ -25,12 +26,13 @@ from pydantic import BeforeValidator, Field, field_validator
 from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote
-from data_pipeline.order import Order, Pool, Skips, Steps, cut, digest
+from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
 from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens
 from data_pipeline.stage import staged
 
 MIB = 2**20
 LOOK_AHEAD_STEPS = 4
+LOCATED_AT_ONCE = 4096  # samples: numpy's price per call, some hundred calls, is shared by many steps
 
 
 def _place(value: object) -> object:
@@ -166,6 +168,15 @@ class Batch:
     digest: int  # of this rank's samples with weight above 0
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A rank's samples of a step: which are fed, and where they lie."""
+
+    samples: npt.NDArray[np.int64]
+    fed: npt.NDArray[np.bool_]
+    where: Located
+
+
 class Stream:
     """The training batches of one rank."""
 
@@ -185,6 +196,10 @@ class Stream:
         self.open_blocks = _OpenBlocks(
             shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks
         )
+        self._dtype = shards[0].format.dtype
+        self._stride = max(1, LOCATED_AT_ONCE * ranks // max(batch for _, batch in steps.pieces))  # steps
+        self._shares: OrderedDict[int, list[_Share]] = OrderedDict()
+        self._locating = threading.Lock()
 
     def _open_blocks_needed(self, shards: Sequence[Shards]) -> int:
         """How many blocks this rank has open at once: a group per lane and pool, within the memory allowed."""
@@ -199,26 +214,55 @@ class Stream:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, read now."""
-        samples = cut(
-            np.arange(self.steps.start(step), self.steps.start(step + 1)), self.order.lanes, self.rank, self.ranks
-        )
-        length = self.data.seq_tokens
+        share, length = self._share(step), self.data.seq_tokens
+        count, where = len(share.samples), share.where
         shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
-        tokens = np.zeros((shape[0] * shape[1], length + 1), np.int64)
-        valid = np.zeros(shape[0] * shape[1], np.int64)
-        fed = ~self.skips.mask(samples)
-        where = self.order.locate(samples)
-        for i, (pool, block, row) in enumerate(zip(where.pool, where.block, where.row, strict=True)):
+        rows = np.empty((count, length + 1), self._dtype)  # as stored: half or a quarter of what is written below
+        places = zip(where.pool.tolist(), where.block.tolist(), (where.row * length).tolist(), strict=True)
+        read = self.open_blocks.read
+        parts = []
+        for number, (pool, block, begin) in enumerate(places):
             try:
-                ids = self.open_blocks.read(int(pool), int(block))
+                parts.append(read(pool, block)[begin : begin + length + 1])
             except DamagedBlock as damage:
-                if fed[i]:
-                    raise self._without(damage, int(pool), int(block)) from None
-                continue  # nobody looks at what is skipped
-            tokens[i] = ids[row * length : row * length + length + 1]
-        valid[: len(samples)] = np.where(fed, length, 0)
-        share = digest(samples[fed], tokens[: len(samples)][fed])
-        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), share)
+                if share.fed[number]:
+                    raise self._without(damage, pool, block) from None
+                parts.append(np.zeros(length + 1, self._dtype))  # nobody looks at what is skipped
+        if parts:
+            np.concatenate(parts, out=rows.reshape(-1))
+        tokens = np.empty((shape[0] * shape[1], length + 1), np.int64)
+        tokens[:count], tokens[count:] = rows, 0
+        valid = np.zeros(len(tokens), np.int64)
+        valid[:count] = np.where(share.fed, length, 0)
+        whole = share.fed.all()
+        mine = digest(share.samples, rows) if whole else digest(share.samples[share.fed], rows[share.fed])
+        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine)
+
+    def _share(self, step: int) -> _Share:
+        """This rank's share of a step, found together with those of the steps around it."""
+        number = step // self._stride
+        with self._locating:
+            shares = self._shares.get(number)
+            if shares is None:
+                shares = self._shares[number] = self._locate(number * self._stride)
+                while len(self._shares) > 3:  # where batches are made, and where blocks are fetched ahead
+                    self._shares.popitem(last=False)
+        return shares[step - number * self._stride]
+
+    def _locate(self, first: int) -> list[_Share]:
+        """The shares of `_stride` steps."""
+        starts = [self.steps.start(step) for step in range(first, first + self._stride + 1)]
+        mine = [
+            cut_range(begin, end, self.order.lanes, self.rank, self.ranks) for begin, end in itertools.pairwise(starts)
+        ]
+        samples = np.concatenate(mine)
+        fed, where = ~self.skips.mask(samples), self.order.locate(samples)
+        ends = np.cumsum([0, *map(len, mine)]).tolist()
+        parts = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+        return [
+            _Share(samples[p], fed[p], Located(where.pool[p], where.epoch[p], where.block[p], where.row[p]))
+            for p in parts
+        ]
 
     def _without(self, damage: DamagedBlock, pool: int, block: int) -> DamagedBlock:
         """The same, with the way to go on without the block."""
@@ -246,8 +290,7 @@ class Stream:
     def _blocks(self, first_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
         """(pool, block) of all that each step reads."""
         for step in range(first_step, end_step):
-            numbers = np.arange(self.steps.start(step), self.steps.start(step + 1))
-            where = self.order.locate(cut(numbers, self.order.lanes, self.rank, self.ranks))
+            where = self._share(step).where
             yield list(dict.fromkeys(zip(where.pool.tolist(), where.block.tolist(), strict=True)))
 
 

@@ -33,6 +33,7 @@ from data_pipeline.order import (
     Steps,
     choose_lanes,
     cut,
+    cut_range,
     digest,
     permute,
     unpermute,
@@ -467,6 +468,8 @@ def test_a_step_has_the_same_samples_for_any_ranks(begin: int, batch: int, lanes
     samples = np.arange(begin, begin + batch)
     for ranks in range(1, 10):
         pieces = [cut(samples, lanes, rank, ranks) for rank in range(ranks)]
+        by_arithmetic = [cut_range(begin, begin + batch, lanes, rank, ranks) for rank in range(ranks)]
+        assert [piece.tolist() for piece in by_arithmetic] == [piece.tolist() for piece in pieces]
         assert sorted(np.concatenate(pieces).tolist()) == samples.tolist()  # the same, each once
         sizes = [len(piece) for piece in pieces]
         assert max(sizes) - min(sizes) <= 1

@@ -133,6 +133,16 @@ def test_reading_ahead_changes_nothing(read_threads: int, prefetch_steps: int, p
     assert all(same(batch, plan.stream().batch(batch.step)) for batch in ahead)
 
 
+@pytest.mark.parametrize("at_once", [1, BATCH, 4 * BATCH, 10**6])
+def test_how_many_places_are_found_at_once_changes_nothing(
+    at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [plan.stream(rank=1, ranks=2).batch(step) for step in range(STEPS)]
+    monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_ONCE", at_once)
+    stream = plan.stream(rank=1, ranks=2)
+    assert all(same(stream.batch(step), expected[step]) for step in [*range(STEPS), 7, 2, 8, 0])
+
+
 def test_going_on_in_the_middle_is_the_same(plan: Plan) -> None:
     whole = list(plan.stream().batches(0, STEPS))
     for first in (1, 6, STEPS):
