@@ -132,24 +132,23 @@ class DiskCache:
             yield descriptor
         finally:
             if descriptor is not None:
+                with suppress(OSError):
+                    if os.path.samestat(os.fstat(descriptor), part.stat()):  # not kept
+                        part.unlink()
                 os.close(descriptor)
 
     def _keep(self, part: int, path: Path, data: bytes) -> None:
         """Write what was fetched. Not synced: what a crash of the machine spoils is found when it is read."""
-        temporary = path.with_name(f".{path.name}.part")
         try:
             if not self._reserve(part, len(data)):
-                temporary.unlink()
                 return
             fail_at("cache.reserved")
             view = memoryview(data)
             while view:
                 view = view[os.pwrite(part, view, len(data) - len(view)) :]
             fail_at("cache.written")
-            temporary.rename(path)
+            path.with_name(f".{path.name}.part").rename(path)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             self._warn(error)
 
     def _warn(self, error: OSError) -> None:

@@ -81,6 +81,10 @@ class _Checked:
     def raw(self, name: str, offset: int, size: int) -> bytes:
         raise NotImplementedError
 
+    def full(self, name: str, offset: int, size: int) -> bytes:
+        """The same where there ought to be so many."""
+        return self.raw(name, offset, size)
+
     def size(self, name: str) -> int:
         raise NotImplementedError
 
@@ -99,7 +103,7 @@ class _Checked:
     def _right(self, name: str, offset: int, size: int | None, is_right: Check) -> bytes:
         for _ in range(2):
             count = self.size(name) if size is None else size
-            data = self.raw(name, offset, count)
+            data = self.full(name, offset, count)
             if len(data) < count:
                 break
             if is_right(data):
@@ -123,6 +127,9 @@ class Folder(_Checked):
         self._lock = threading.Lock()
 
     def raw(self, name: str, offset: int, size: int) -> bytes:
+        return self._patiently(name, lambda: self._pread(name, offset, size), lambda _: True)
+
+    def full(self, name: str, offset: int, size: int) -> bytes:
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda data: len(data) == size)
 
     def size(self, name: str) -> int:

@@ -258,6 +258,8 @@ def _fetched(file: _File, progress: _Copied, is_over: Callable[[], bool]) -> str
             at += len(data)
             if len(data) < PIECE_BYTES:
                 break
+        if file.bytes > at and not is_over():  # a mount that shows it later, or a copy that was cut short
+            raise Unreadable(f"{file.files.address}/{file.name}: {at} bytes, expected {file.bytes}; try again")
         part.flush()
         os.fsync(part.fileno())
     return digest.hexdigest()

@@ -27,7 +27,7 @@ from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote
 from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
-from data_pipeline.shards import Manifest, ShardError, Shards, Tokens
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens
 from data_pipeline.stage import staged
 
 MIB = 2**20
@@ -41,6 +41,8 @@ def _place(value: object) -> object:
         return Path(value)
     if isinstance(value, str) and not is_remote(value):
         raise ValueError(f"expected a folder, s3://bucket/prefix or https://host/path, got {value!r}")
+    if isinstance(value, str) and re.search(r"//[^/]*@|[?#]", value):
+        raise ValueError("expected an address without user, password, query and fragment: it goes into logs")
     return value
 
 
@@ -67,7 +69,7 @@ class Data(Section):
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
     cache: Cache | None = None  # of remote shards, on the node's own disk
     stage: Path | None = None  # a folder of the node's own disk: remote shards are copied there before the start
-    fetch_threads: Int = Field(default=8, gt=0)  # requests for remote blocks at once, per rank
+    fetch_threads: Int = Field(default=16, gt=0)  # requests for remote blocks at once, per rank
     prefetch_blocks: Int | None = Field(default=None, gt=0)  # remote blocks fetched ahead; None: half the open blocks
 
     @field_validator("sources")
@@ -222,9 +224,9 @@ class Stream:
         for number, (pool, block, begin) in enumerate(places):
             try:
                 parts.append(read(pool, block)[begin : begin + length + 1])
-            except ShardError:
+            except DamagedBlock as damage:
                 if share.fed[number]:
-                    raise
+                    raise self._without(damage, pool, block) from None
                 parts.append(np.zeros(length + 1, self._dtype))  # nobody looks at what is skipped
         if parts:
             np.concatenate(parts, out=rows.reshape(-1))
@@ -261,6 +263,12 @@ class Stream:
             _Share(samples[p], fed[p], Located(where.pool[p], where.epoch[p], where.block[p], where.row[p]))
             for p in parts
         ]
+
+    def _without(self, damage: DamagedBlock, pool: int, block: int) -> DamagedBlock:
+        """The same, with the way to go on without the block."""
+        its = self.order.pools[pool]
+        line = f"{damage}; or pretrain amend RUN skip_blocks={its.source}:{its.generation}:{block} to go on without it"
+        return DamagedBlock(line, damage.slice, damage.shard, damage.row)
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""

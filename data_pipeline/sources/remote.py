@@ -271,6 +271,7 @@ class _Answer:
 
     def __exit__(self, *_: object) -> None:
         if self.response.length_remaining == 0:
+            self.response.drain_conn()  # an empty body has an end that wants to be read, else the next request fails
             self.response.release_conn()
         else:
             self.response.close()
