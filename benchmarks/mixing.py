@@ -192,13 +192,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "longhaul"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for i, (name, side) in enumerate(found["orders"].items()):
         axes.plot(HORIZONS, side["inflation"], "o-", color=f"C{i}", label=name, markersize=3)
         axes.plot(HORIZONS, side["predicted"], ":", color=f"C{i}", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="steps in a row", ylabel="variance of their mean / of a full shuffle")
     axes.set_xticks(HORIZONS, [str(h) for h in HORIZONS])
-    axes.legend(fontsize=7)
+    axes.set_yticks((1, 1.5, 2, 3, 4, 5), ("1", "1.5", "2", "3", "4", "5"))
+    axes.minorticks_off()
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), title="dotted: theory", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
