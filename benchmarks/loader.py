@@ -96,7 +96,7 @@ def ours(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
     source: dict[str, Any] = {"shards": str(folder), "shared_mount": cache is not None}
     settings: dict[str, Any] = {"seq_tokens": LENGTH, "sources": {"benchmark": source}}
     if cache is not None:
-        settings["cache"] = {"folder": str(cache)}
+        settings["cache"] = {"folder": str(cache), "gib": 1}
     data = build(Data, settings, "benchmark")
     corpora = Corpora(data)
     pools = corpora.pools({"benchmark": 1})
