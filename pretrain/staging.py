@@ -8,7 +8,7 @@ from configs import ConfigError
 from data_pipeline.shards import ShardError
 from data_pipeline.stage import Staging
 from data_pipeline.stream import open_source
-from pretrain.guard import STOPPED, StopSignals
+from pretrain.guard import INTERRUPTED, STOPPED, StopSignals
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
 from pretrain.segments import Segments, configured
@@ -35,13 +35,16 @@ def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watch
             staging.stop()
         if not told[0] or told[1]:
             break
+    codes = ranks.gather(stop.exit_code())
     if staging is not None and staging.error is not None:
         error = str(staging.error)
     if errors := [each for each in ranks.gather(error) if each]:
         failure = ConfigError(errors[0])
         vars(failure)["said_by_rank_0"] = ranks.rank != 0
         raise failure
-    return STOPPED if told[1] else None
+    if not told[1]:
+        return None
+    return INTERRUPTED if INTERRUPTED in codes else STOPPED
 
 
 def _begin(run: TrainRun) -> Staging:

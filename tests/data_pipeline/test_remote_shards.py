@@ -122,10 +122,7 @@ def test_ranks_of_a_node_share_what_they_read(corpus: Path, server: Server, tmp_
     """Also the blocks that two of them need, and those of validation, which all need."""
     data = data_of(f"{server.address}/a", **cached(tmp_path))
     batches: dict[int, list[Batch]] = {}
-    threads = [
-        threading.Thread(target=lambda r=r: batches.__setitem__(r, read(data, r, 3)))  # type: ignore[misc]
-        for r in range(3)
-    ]
+    threads = [threading.Thread(target=lambda r=r: batches.__setitem__(r, read(data, r, 3))) for r in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

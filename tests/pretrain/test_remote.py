@@ -60,7 +60,12 @@ def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
 def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
     logging.basicConfig(level=logging.INFO)
     said: list[str] = []
-    logging.getLogger("pretrain").addFilter(lambda record: said.append(record.getMessage()) or True)
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("pretrain").addHandler(Keeping())
     run = load_run(Path(config))
     watchdog = Watchdog(ranks, run.run_folder, 100.0, 100.0)
     try:
