@@ -12,7 +12,7 @@ All blocks of a pool are equally long, so every position is a division, and ever
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from heapq import heappop, heappush
@@ -279,6 +279,10 @@ class Order:
             total[1] += pool.blocks * pool.rows if count else 0
         return {source: count / size if size else 0.0 for source, (count, size) in totals.items()}
 
+    def drawn_at_last(self) -> list[int]:
+        """The pools that the last segment draws from."""
+        return np.flatnonzero(self._mixtures[-1].counts).tolist()
+
     def exhausted(self, max_epochs: Mapping[str, float]) -> Exhausted | None:
         """The first sample that lies beyond its source's limit of epochs, or None where no limit is ever passed."""
         found: list[Exhausted] = []
@@ -414,6 +418,18 @@ class Withdrawal:
     from_sample: int
     ranges: Mapping[int, Ints]  # by pool: int64 (n, 2), begin and end of samples, which are block * rows + row
 
+    def numbers(self, order: Order, until: int) -> Ints:
+        """The numbers below `until` that these samples have, of every epoch; sorted, each once."""
+        found = [np.zeros(0, np.int64)]
+        for pool, ranges in self.ranges.items():
+            places = members(ranges)
+            block, row = np.divmod(places, order.pools[pool].rows)
+            for epoch in order.epochs_between(pool, self.from_sample, until):
+                at = Located(np.full_like(places, pool), np.full_like(places, epoch), block, row)
+                numbers = order.samples_of(at)
+                found.append(numbers[(numbers >= self.from_sample) & (numbers < until)])
+        return np.unique(np.concatenate(found))
+
 
 class Skips:
     """Samples that keep their place and get weight 0: ranges [begin, end) of numbers, and what was withdrawn.
@@ -469,22 +485,12 @@ class Skips:
         """The withdrawn samples that no range has, sorted: all below `until`, perhaps more."""
         known, numbers = self._known
         if self.withdrawals and until > known:
+            assert self.order is not None
             known = until + until // 4
-            found = [numbers for w in self.withdrawals for numbers in self._numbers(w, known)]
-            numbers = np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+            numbers = np.unique(np.concatenate([w.numbers(self.order, known) for w in self.withdrawals]))
             numbers = numbers[~self._in_ranges(numbers)]
             self._known = known, numbers
         return numbers
-
-    def _numbers(self, withdrawal: Withdrawal, until: int) -> Iterator[Ints]:
-        assert self.order is not None
-        for pool, ranges in withdrawal.ranges.items():
-            places = members(ranges)
-            block, row = np.divmod(places, self.order.pools[pool].rows)
-            for epoch in self.order.epochs_between(pool, withdrawal.from_sample, until):
-                at = Located(np.full_like(places, pool), np.full_like(places, epoch), block, row)
-                numbers = self.order.samples_of(at)
-                yield numbers[(numbers >= withdrawal.from_sample) & (numbers < until)]
 
 
 def members(ranges: Ints) -> Ints:

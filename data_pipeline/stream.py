@@ -185,7 +185,9 @@ class Stream:
         shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
         tokens = np.zeros((shape[0] * shape[1], length + 1), np.int64)
         valid = np.zeros(shape[0] * shape[1], np.int64)
-        documents = np.zeros((len(tokens), length), np.int32) if self.data.document_mask else None
+        documents: npt.NDArray[np.int32] | None = None
+        if self.data.document_mask:
+            documents = np.zeros((len(tokens), length), np.int32)
         fed = ~self.skips.mask(samples)
         where = self.order.locate(samples)
         for i, (pool, block, row) in enumerate(zip(where.pool, where.block, where.row, strict=True)):
@@ -287,7 +289,7 @@ class Validation:
 
     def batches(self, rows: int, rank: int, ranks: int) -> Iterator[Rows]:
         """Equally many batches on every rank, filled up with rows of valid 0."""
-        held: tuple[tuple[Any, ...], Tokens, Any] | None = None
+        held: tuple[tuple[Any, ...], Tokens, npt.NDArray[np.int64] | None] | None = None
         for begin in range(0, len(self.rows), rows * ranks):
             tokens = np.zeros((rows, self.seq_tokens + 1), np.int64)
             valid = np.zeros(rows, np.int64)
@@ -300,7 +302,7 @@ class Validation:
                     held = ((id(shards), shard, row), shards.member(shard, row), starts)
                 tokens[i, : count + 1] = held[1][first : first + count + 1]
                 valid[i] = count
-                if documents is not None:
+                if documents is not None and held[2] is not None:
                     documents[i] = document_numbers(held[2], first, self.seq_tokens)
             yield Rows(tokens, valid, documents)
 

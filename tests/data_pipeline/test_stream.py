@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import ConfigError, build
 from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
@@ -71,7 +73,7 @@ def plan(folder: Path) -> Plan:
 
 
 def flat(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    return batch.tokens.reshape(-1, T + 1), batch.valid.reshape(-1)
+    return batch.tokens.reshape(-1, batch.tokens.shape[-1]), batch.valid.reshape(-1)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -119,6 +121,47 @@ def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder:
             assert flat(batch)[1][: len(mine)].tolist() == [T if fed[n - samples[0]] else 0 for n in mine]
             total += batch.digest
         assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
+
+
+def fed_rows(batches: Sequence[Batch]) -> Counter[tuple[int, ...]]:
+    """The rows of a step that count, with their tokens, whichever rank has them."""
+    pairs = [flat(batch) for batch in batches]
+    return Counter(
+        tuple(row) for tokens, valid in pairs for row, count in zip(tokens.tolist(), valid, strict=True) if count
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, folder: Path) -> None:
+    """Resumed at any step on other ranks, micro-batches, threads, caches: the same samples, the same digest."""
+    draw, sizes = data.draw, st.integers(1, 40)
+    seq_tokens, lanes = draw(st.sampled_from([32, 128, 512])), draw(st.sampled_from([1, 2, 4, 8]))
+    plan = Plan(data_of(folder, seq_tokens=seq_tokens, group_blocks=draw(st.integers(1, 5))))
+    skips = Skips([(n, n + draw(sizes)) for n in draw(st.lists(st.integers(0, 150), max_size=2))])
+    order = Order(draw(st.integers(0, 99)), plan.pools, lanes, plan.data.group_blocks, plan.order.segments)
+    batch, then = draw(sizes), draw(sizes)
+    steps, end = Steps([(0, batch), (3 * batch, then)]), 5
+
+    def streams(ranks: int) -> list[Stream]:
+        more = {"read_threads": draw(st.integers(1, 3)), "prefetch_steps": draw(st.integers(1, 3))}
+        settings, micro = plan.data.model_copy(update=more), draw(st.integers(1, 12))
+        shards = [plan.corpora.shards(plan.pools) for _ in range(ranks)]
+        found = [Stream(order, steps, skips, shards[r], settings, micro, r, ranks) for r in range(ranks)]
+        for stream in found:
+            stream.open_blocks.capacity = draw(st.integers(1, 9))
+        return found
+
+    whole = [[batch] for batch in streams(1)[0].batches(0, end)]
+    first = 0
+    while first < end:  # an attempt after the other
+        last = draw(st.integers(first + 1, end))
+        for batches in zip(*(s.batches(first, last) for s in streams(draw(st.integers(1, 6)))), strict=True):
+            step = batches[0].step
+            assert fed_rows(batches) == fed_rows(whole[step])
+            assert sum(b.digest for b in batches) % 2**128 == whole[step][0].digest
+            assert sum(int(b.valid.sum()) for b in batches) == int(whole[step][0].valid.sum())
+        first = last
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
