@@ -157,6 +157,8 @@ def begin(
         Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size),
         past.evaluated, chosen.manifest.get("state", {}).get("guard", {}) if chosen else {}, past.save_s,
     )  # fmt: skip
+    for line in course.warnings(position.step, first=True):
+        attempt.note("epochs", line)
     attempt.saver.on_commit = attempt.committed
     attempt.saver.on_removed = lambda folder: _on_removed(journal, folder)
     if journal is not None:
