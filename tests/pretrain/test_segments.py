@@ -431,8 +431,8 @@ def test_records_are_kept_in_order(folder: Path, tmp_path: Path) -> None:
 def test_a_newer_record_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "segments" / "0.json"
     Segments(tmp_path).write(begun(run_of(folder))[0])
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2, "more": 1}))
-    assert refused(Segments(tmp_path).read) == f"{path}: format 2 is newer than this code's 1; update longhaul"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3, "more": 1}))
+    assert refused(Segments(tmp_path).read) == f"{path}: format 3 is newer than this code's 2; update longhaul"
 
 
 def test_a_run_in_another_order_is_refused(folder: Path, tmp_path: Path) -> None:
