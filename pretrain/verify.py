@@ -192,12 +192,13 @@ def _marks(run_folder: Path, chain: list[tuple[Verified, Committed]]) -> list[Ma
 def _differing(marks: list[Mark], read: dict[int, int | str]) -> Iterator[tuple[Mark, str]]:
     """Each mark that is not the one before it plus the data between; a line on it."""
     for before, after in pairwise(marks):
-        fed, problem = _sum(read, before.step, after.step)
-        expected = f"{(int(before.digest, 16) + fed) % 2**128:032x}"
+        fed = read[before.step] if before.step < after.step else 0
         where = f"steps {before.step} to {after.step}"
-        if problem is not None:
-            yield after, f"the first interval that cannot be read again: {where}: {problem}"
-        elif after.digest != expected:
+        if isinstance(fed, str):
+            yield after, f"the first interval that cannot be read again: {where}: {fed}"
+            continue
+        expected = f"{(int(before.digest, 16) + fed) % 2**128:032x}"
+        if after.digest != expected:
             yield (
                 after,
                 f"the first interval that differs: {where}: from {before.digest} ({before.kept_by}) the data lead to "
