@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def main() -> None:
         course = timed("the course of the run", lambda: course_of(run))
         print(f"{course.end_step:,} steps, {course.end_sample:,} samples")
         for step in (1, course.end_step // 2, course.end_step):
-            seen = timed(f"trace --step {step}", lambda step=step: trace_step(run, step))
+            seen = timed(f"trace --step {step}", partial(trace_step, run, step))
             print(f"    {len(seen):,} stretches of {len({s.id for s in seen}):,} documents in 512 samples")
         (found,) = timed("trace --doc", lambda: trace_document(run, "other/25000"))
         print(f"    {len(found.sightings)} sightings")
@@ -53,11 +54,11 @@ def main() -> None:
             ids.write_text("".join(f"other/{n * (DOCUMENTS // count)}\n" for n in range(count)))
             taken = timed(
                 f"takedown of {count:,} documents found",
-                lambda ids=ids: withdrawn.find(corpora, generations, [f"takedown={ids}"]),
+                partial(withdrawn.find, corpora, generations, [f"takedown={ids}"]),
             )
             assert taken is not None and not taken.unknown
             skips = Skips((), course.order, [Withdrawal(1, {0: taken.ranges["web", 0]})])
-            timed("    counted to the end of the run", lambda skips=skips: skips.before(course.end_sample))
+            timed("    counted to the end of the run", partial(skips.before, course.end_sample))
         million = np.array([[n * 100, n * 100 + 1] for n in range(1_000_000)])
         skips = Skips((), course.order, [Withdrawal(1, {0: million})])
         timed("a million samples withdrawn, counted to the end", lambda: skips.before(course.end_sample))
