@@ -1,4 +1,4 @@
-"""Documents of finished shards found again: by their id, by what their text contains, by one of their tokens.
+"""Documents of finished shards found again: by their ids, by what their text contains, by one of their tokens.
 
 A token's place is written `CORPUS:SLICE/SHARD:ROW:TOKEN`, as in `wikipedia:0-00000/train-00000:3:512`. A row is a block
 of its shard, or the tail behind the last one.
@@ -6,23 +6,28 @@ of its shard, or the tail behind the last one.
 
 from __future__ import annotations
 
+import io
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
 
 from configs import ConfigError
 from data_pipeline.progress import Progress
-from data_pipeline.shards import Manifest, ShardError, Shards, Split, Tokens, id_hash, read_parquet
+from data_pipeline.shards import Manifest, ShardError, Shards, Split, Tokens, file_hash, id_hash, read_parquet
 from data_pipeline.tokenizer import Tokenizer
 
+FEW = 16  # ids that are sought one by one in an index that need not be read whole
 AROUND = 60  # tokens shown on either side of what was asked for
 BETWEEN = b"\xff"  # stands for the mark between documents: no text has this byte
 TOKEN_PLACE = re.compile(r"(?:(?P<corpus>[^:/]+):)?(?P<slice>[^:/]+)/(?P<shard>[^:/]+):(?P<row>\d+):(?P<token>\d+)")
@@ -53,6 +58,8 @@ class Stream:
         shards = manifest.shards(split, generation)
         self.shards = Shards(manifest, shards.table.filter(pc.equal(shards.table["slice"], slice)))
         self.begins = np.cumsum([0, *self.shards.table["tokens"].to_pylist()]).tolist()  # position of each shard
+        first = int(pc.index(shards.table["slice"], slice).as_py())
+        self.first_block = int(shards.ends[first - 1]) if first else 0  # of the generation's blocks of the split
 
     def place(self, position: int) -> tuple[int, int, int]:
         """(shard, row, token of the row) of a position."""
@@ -184,6 +191,103 @@ def _ordinals(path: Path, wanted: int) -> list[int]:
         return found
     finally:
         hashes.close()
+
+
+# --- many, by their ids ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a document lies in its corpus: in the stream of a split of a slice."""
+
+    id: str
+    uri: str
+    generation: int
+    split: Split
+    slice: str
+    start: int  # of its first token in that stream
+    tokens: int  # with <|endoftext|>
+    block: int  # of the generation's blocks of the split, at which the stream begins
+    blocks: int  # full ones of the stream
+
+    def samples(self, seq_tokens: int, block_tokens: int) -> range:
+        """The samples of the generation (block * rows + row) that hold any token of it, as target alone too.
+
+        A sample has one token more than it has inputs, so one that begins a sample is held by the sample before also.
+        None where all of it lies in the stream's tail.
+        """
+        rows = block_tokens // seq_tokens
+        first, last = max(self.start - 1, 0) // seq_tokens, (self.start + self.tokens - 1) // seq_tokens
+        end = min(last + 1, self.blocks * rows)
+        return range(self.block * rows + min(first, end), self.block * rows + end)
+
+
+def by_ids(manifest: Manifest, ids: Iterable[str], checked: bool = False) -> Iterator[Held]:
+    """Where the documents of these ids lie; several of one id where an input gives it to several.
+
+    `checked` holds every index that is looked into to its hash: damage is never taken for absence. Raises ShardError.
+    """
+    wanted = set(ids)
+    hashes = np.array(sorted({id_hash(id) for id in wanted}), np.uint64)
+    table = manifest.table
+    indices = dict(zip(table["slice"].to_pylist(), table["ids_hash"].to_pylist(), strict=True))
+    for slice, index_hash in indices.items():
+        path = manifest.folder / "slices" / slice / "ids.npy"
+        ordinals = _many_ordinals(path, hashes, index_hash if checked else None)
+        left = set(ordinals.tolist())
+        for stream in streams(manifest, slice) if left else ():
+            for shard in range(len(stream.shards)):
+                for entry in _entries(stream.shards, shard, ordinals, checked):
+                    left.discard(entry["ordinal"])
+                    if entry["id"] in wanted:
+                        yield _held(stream, entry)
+            stream.shards.close()
+        if left:
+            raise ShardError(f"{path.parent}: no sidecar has document {min(left)} of ids.npy; see data-prep verify")
+
+
+def _held(stream: Stream, entry: dict[str, Any]) -> Held:
+    generation = stream.shards.table["generation"][0].as_py()
+    return Held(
+        entry["id"], entry["uri"], generation, stream.split, stream.slice, entry["start"], entry["tokens"],
+        stream.first_block, stream.shards.blocks,
+    )  # fmt: skip
+
+
+def _many_ordinals(path: Path, hashes: npt.NDArray[np.uint64], index_hash: str | None) -> npt.NDArray[np.int64]:
+    """The ordinals under any of these hashes. Few hashes are sought in the file, for many it is read whole."""
+    if index_hash is None and len(hashes) <= FEW:
+        return np.array([n for wanted in hashes.tolist() for n in _ordinals(path, wanted)], np.int64)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}); see data-prep verify") from None
+    if index_hash is not None and xxhash.xxh3_128_hexdigest(data) != index_hash:
+        raise ShardError(f"{path}: damaged (hash differs); see data-prep verify")
+    index = np.load(io.BytesIO(data), allow_pickle=False)
+    begin = np.searchsorted(index["hash"], hashes)
+    end = np.searchsorted(index["hash"], hashes, side="right")
+    return np.array([n for b, e in zip(begin, end, strict=True) for n in index["ordinal"][b:e].tolist()], np.int64)
+
+
+def _entries(shards: Shards, shard: int, ordinals: npt.NDArray[np.int64], checked: bool) -> Iterator[dict[str, Any]]:
+    """The sidecar's rows of those of the documents that begin in a shard."""
+    path = shards.path(shard, "docs.parquet")
+    try:
+        statistics = [row_group.column(0).statistics for row_group in _row_groups(path)]
+        if not any(s is None or ((ordinals >= s.min) & (ordinals <= s.max)).any() for s in statistics):
+            return
+        if checked and file_hash(path) != shards.table["docs_hash"][shard].as_py():
+            raise ShardError(f"{path}: damaged (hash differs); see data-prep verify")
+        table = pq.ParquetFile(path).read(["ordinal", "start", "tokens", "id", "uri"], use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
+    yield from table.take(np.flatnonzero(np.isin(table["ordinal"].to_numpy(), ordinals))).to_pylist()
+
+
+def _row_groups(path: Path) -> Iterator[Any]:
+    metadata = pq.ParquetFile(path).metadata
+    return (metadata.row_group(i) for i in range(metadata.num_row_groups))
 
 
 # --- by a token -----------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class Mixture:
         self.counts = _apportion(np.array(weights, np.float64))  # places of each pool in the window
         self.pools = _spread(tuple(self.counts.tolist()))
         self.places = [np.flatnonzero(self.pools == p) for p in range(len(weights))]
+        self._by_pool, self._first = np.concatenate(self.places), np.cumsum(self.counts) - self.counts
         before = np.zeros((WINDOW + 1, len(weights)), np.int32)
         np.cumsum(self.pools[:, None] == np.arange(len(weights)), axis=0, out=before[1:])
         self.before = before
@@ -104,10 +105,12 @@ class Mixture:
         drawn: Ints = (x // WINDOW) * self.counts[pool] + self.before[x % WINDOW, pool]
         return drawn
 
-    def place(self, pool: int, nth: int) -> int | None:
-        """The place at which `pool` stands for the nth time (from 0), or None where it never does."""
-        count = int(self.counts[pool])
-        return None if count == 0 else (nth // count) * WINDOW + int(self.places[pool][nth % count])
+    def place(self, pool: Ints, nth: Ints) -> Ints:
+        """The places at which pools stand for the nth time (from 0), -1 where they never do."""
+        count = self.counts[pool]
+        window, rest = np.divmod(nth, np.maximum(count, 1))
+        places: Ints = window * WINDOW + self._by_pool[np.minimum(self._first[pool] + rest, WINDOW - 1)]
+        return np.where(count > 0, places, -1)
 
 
 def _apportion(weights: npt.NDArray[np.float64]) -> Ints:
@@ -242,17 +245,29 @@ class Order:
 
     def sample_of(self, pool: int, epoch: int, block: int, row: int) -> int | None:
         """The number of the sample at (pool, epoch, block, row), or None where the mixture never comes to it."""
-        rows = self.pools[pool].rows
-        blocks, key = self._blocks[[pool]], self._block_keys(np.array([pool]), np.array([epoch]))
-        place = int(unpermute(np.array([block]), blocks, key)[0])
-        lane, nth = place % self.lanes, place // self.lanes
-        group = nth // self.group_blocks
-        lane_blocks = int(self._lane_blocks(np.array([pool]), np.array([lane]))[0])
-        size = min(self.group_blocks, lane_blocks - group * self.group_blocks) * rows
-        group_key = self._group_keys(key, np.array([lane]), np.array([group]))
-        inside = np.array([(nth - group * self.group_blocks) * rows + row])
-        offset = int(unpermute(inside, np.array([size]), group_key)[0])
-        return self._sample_of_draw(pool, lane, (epoch * lane_blocks + group * self.group_blocks) * rows + offset)
+        place = (np.array([value], np.int64) for value in (pool, epoch, block, row))
+        sample = int(self.samples_of(Located(*place))[0])
+        return None if sample < 0 else sample
+
+    def samples_of(self, at: Located) -> Ints:
+        """The inverse of `locate`: the numbers of the samples at these places, -1 where the mixture never comes."""
+        rows, key = self._rows[at.pool], self._block_keys(at.pool, at.epoch)
+        nth, lane = np.divmod(unpermute(at.block, self._blocks[at.pool], key), self.lanes)
+        first = nth // self.group_blocks * self.group_blocks  # block of the group, in its lane
+        lane_blocks = self._lane_blocks(at.pool, lane)
+        size = np.minimum(self.group_blocks, lane_blocks - first) * rows
+        group_key = self._group_keys(key, lane, first // self.group_blocks)
+        offset = unpermute((nth - first) * rows + at.row, size, group_key)
+        return self._samples_of_draws(at.pool, lane, (at.epoch * lane_blocks + first) * rows + offset)
+
+    def epochs_between(self, pool: int, begin: int, end: int) -> range:
+        """The epochs of a pool that any lane draws from in samples [begin, end)."""
+        sizes = self._lane_blocks(np.full(self.lanes, pool), np.arange(self.lanes)) * self.pools[pool].rows
+        first, last = self._drawn_before(begin)[pool], self._drawn_before(end)[pool]
+        drawn = last > first
+        if not drawn.any():
+            return range(0)
+        return range(int((first // sizes)[drawn].min()), int(((last - 1) // sizes)[drawn].max()) + 1)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How many epochs of each source the first `samples` samples draw."""
@@ -264,6 +279,10 @@ class Order:
             total[1] += pool.blocks * pool.rows if count else 0
         return {source: count / size if size else 0.0 for source, (count, size) in totals.items()}
 
+    def drawn_at_last(self) -> list[int]:
+        """The pools that the last segment draws from."""
+        return np.flatnonzero(self._mixtures[-1].counts).tolist()
+
     def exhausted(self, max_epochs: Mapping[str, float]) -> Exhausted | None:
         """The first sample that lies beyond its source's limit of epochs, or None where no limit is ever passed."""
         found: list[Exhausted] = []
@@ -272,11 +291,11 @@ class Order:
             if limit is None:
                 continue
             lanes = np.arange(self.lanes)
-            first = np.floor(limit * self._lane_blocks(np.full(self.lanes, index), lanes) * pool.rows)
-            for lane, draw in enumerate(first.astype(np.int64)):
-                sample = self._sample_of_draw(index, lane, int(draw))
-                if sample is not None:
-                    found.append(Exhausted(pool.source, sample))
+            pools = np.full(self.lanes, index)
+            first = np.floor(limit * self._lane_blocks(pools, lanes) * pool.rows).astype(np.int64)
+            samples = self._samples_of_draws(pools, lanes, first)
+            if (samples >= 0).any():
+                found.append(Exhausted(pool.source, int(samples[samples >= 0].min())))
         return min(found, key=lambda e: e.sample, default=None)
 
     def _weights(self, segment: Segment) -> list[float]:
@@ -325,17 +344,18 @@ class Order:
         place = (group * self.group_blocks + nth) * self.lanes + lane
         return Located(pool, epoch, permute(place, self._blocks[pool], block_key), row)
 
-    def _sample_of_draw(self, pool: int, lane: int, draw: int) -> int | None:
-        for s in range(len(self.segments)):
-            base = int(self._bases[s][pool, lane])
-            last = s + 1 == len(self.segments)
-            if not last and draw >= int(self._bases[s + 1][pool, lane]):
-                continue
-            mixture, phase = self._mixtures[s], int(self._phases[lane])
-            before = int(mixture.drawn(np.array([phase]), np.array([pool]))[0])
-            x = mixture.place(pool, before + draw - base)
-            return None if x is None else (x - phase + int(self._first_places[s][lane])) * self.lanes + lane
-        return None
+    def _samples_of_draws(self, pool: Ints, lane: Ints, draw: Ints) -> Ints:
+        """The inverse of `_draw`, -1 for draws that never come."""
+        found = np.full(draw.shape, -1, np.int64)
+        for s, mixture in enumerate(self._mixtures):
+            mine = draw >= self._bases[s][pool, lane]
+            if s + 1 < len(self._mixtures):
+                mine &= draw < self._bases[s + 1][pool, lane]
+            at = np.flatnonzero(mine)
+            p, of, phase = pool[at], lane[at], self._phases[lane[at]]
+            x = mixture.place(p, mixture.drawn(phase, p) + draw[at] - self._bases[s][p, of])
+            found[at] = np.where(x < 0, -1, (x - phase + self._first_places[s][of]) * self.lanes + of)
+        return found
 
     def _lane_blocks(self, pool: Ints, lane: Ints) -> Ints:
         """How many of a pool's blocks a lane has: ceil((N - lane) / G)."""
@@ -391,17 +411,48 @@ class Steps:
         return self._first_step[i] + (sample - from_sample) // batch
 
 
-class Skips:
-    """Ranges [begin, end) of sample numbers that keep their place and get weight 0."""
+@dataclass(frozen=True)
+class Withdrawal:
+    """Samples that are not fed from a sample number on, whatever their epoch: what was taken down, damaged blocks."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]] = ()) -> None:
+    from_sample: int
+    ranges: Mapping[int, Ints]  # by pool: int64 (n, 2), begin and end of samples, which are block * rows + row
+
+    def numbers(self, order: Order, until: int) -> Ints:
+        """The numbers below `until` that these samples have, of every epoch; sorted, each once."""
+        found = [np.zeros(0, np.int64)]
+        for pool, ranges in self.ranges.items():
+            places = members(ranges)
+            block, row = np.divmod(places, order.pools[pool].rows)
+            for epoch in order.epochs_between(pool, self.from_sample, until):
+                at = Located(np.full_like(places, pool), np.full_like(places, epoch), block, row)
+                numbers = order.samples_of(at)
+                found.append(numbers[(numbers >= self.from_sample) & (numbers < until)])
+        return np.unique(np.concatenate(found))
+
+
+class Skips:
+    """Samples that keep their place and get weight 0: ranges [begin, end) of numbers, and what was withdrawn.
+
+    The numbers of withdrawn samples follow from the order, epoch by epoch, and are kept sorted up to where they have
+    been asked for: 8 bytes for each time that one would have been fed. So a count is a binary search.
+    """
+
+    def __init__(
+        self,
+        ranges: Sequence[tuple[int, int]] = (),
+        order: Order | None = None,
+        withdrawals: Sequence[Withdrawal] = (),
+    ) -> None:
+        assert order is not None or not withdrawals
         merged: list[tuple[int, int]] = []
         for begin, end in sorted(ranges):
             if merged and begin <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
                 merged.append((begin, end))
-        self.ranges = merged
+        self.ranges, self.order, self.withdrawals = merged, order, list(withdrawals)
+        self._known = 0, np.zeros(0, np.int64)  # the withdrawn samples below a number; replaced as one, for threads
 
     @cached_property
     def _arrays(self) -> tuple[Ints, Ints, Ints]:
@@ -413,14 +464,41 @@ class Skips:
         """How many skipped samples have a smaller number."""
         begins, ends, total = self._arrays
         i = int(np.searchsorted(begins, sample, side="right"))
-        return int(total[i]) - (max(0, int(ends[i - 1]) - sample) if i else 0)
+        in_ranges = int(total[i]) - (max(0, int(ends[i - 1]) - sample) if i else 0)
+        return in_ranges + int(np.searchsorted(self._withdrawn(sample), sample))
 
     def mask(self, samples: Ints) -> npt.NDArray[np.bool_]:
         """True for each sample that is skipped."""
+        inside = self._in_ranges(samples)
+        if self.withdrawals and len(samples):
+            withdrawn = self._withdrawn(int(samples.max()) + 1)
+            inside |= np.searchsorted(withdrawn, samples) < np.searchsorted(withdrawn, samples, side="right")
+        return inside
+
+    def _in_ranges(self, samples: Ints) -> npt.NDArray[np.bool_]:
         begins, ends, _ = self._arrays
         i = np.searchsorted(begins, samples, side="right")
         inside: npt.NDArray[np.bool_] = (i > 0) & (samples < np.concatenate([[0], ends])[i])
         return inside
+
+    def _withdrawn(self, until: int) -> Ints:
+        """The withdrawn samples that no range has, sorted: all below `until`, perhaps more."""
+        known, numbers = self._known
+        if self.withdrawals and until > known:
+            assert self.order is not None
+            known = until + until // 4
+            numbers = np.unique(np.concatenate([w.numbers(self.order, known) for w in self.withdrawals]))
+            numbers = numbers[~self._in_ranges(numbers)]
+            self._known = known, numbers
+        return numbers
+
+
+def members(ranges: Ints) -> Ints:
+    """The numbers in ranges [begin, end), int64 (n, 2)."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    before = np.cumsum(lengths) - lengths
+    numbers: Ints = np.arange(int(lengths.sum())) + np.repeat(ranges[:, 0] - before, lengths)
+    return numbers
 
 
 def cut(samples: Ints, lanes: int, rank: int, ranks: int) -> Ints:

@@ -1,14 +1,38 @@
-"""From sample numbers back to the documents whose tokens they hold."""
+"""From samples back to the documents whose tokens they hold.
+
+A sample of T inputs holds T + 1 tokens: the last one as a target alone. Where it is the first token of a document, that
+document is in the sample, too.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_pipeline.order import Ints, Order
-from data_pipeline.samples import sidecar
-from data_pipeline.shards import Shards
+from data_pipeline.shards import ShardError, Shards
+
+THREADS = 4  # that read sidecars: each is decompressed from its first row to its last
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A stretch of a document that a sample holds."""
+
+    sample: int
+    source: str
+    generation: int
+    epoch: int
+    id: str
+    uri: str
+    first_token: int  # of the document
+    end_token: int  # behind the last one
 
 
 def documents_of(order: Order, shards: Sequence[Shards], samples: Ints, seq_tokens: int) -> list[str]:
@@ -16,29 +40,87 @@ def documents_of(order: Order, shards: Sequence[Shards], samples: Ints, seq_toke
 
     `shards[i]` are those of `order.pools[i]`, not in use by another thread. Raises ShardError, OSError.
     """
-    found: dict[str, None] = {}
-    where = order.locate(samples)
-    for pool, block, row in zip(where.pool.tolist(), where.block.tolist(), where.row.tolist(), strict=True):
-        begin = row * seq_tokens
-        for id_ in _of_block(shards[pool], block, begin, begin + seq_tokens):
-            found[f"{order.pools[pool].source}:{id_}"] = None
-    return list(found)
+    seen = documents_in(order, shards, samples, seq_tokens)
+    return list(dict.fromkeys(f"{each.source}:{each.id}" for each in seen))
 
 
-def _of_block(shards: Shards, block: int, begin: int, end: int) -> Iterator[str]:
-    """The ids of the documents with a token in [begin, end) of a block."""
+def documents_in(order: Order, shards: Sequence[Shards], samples: Ints, seq_tokens: int) -> list[Seen]:
+    """What each sample holds, in their order. See `documents_of`."""
+    at = order.locate(samples)
+    parts = [
+        (sample, pool, epoch, part)
+        for sample, pool, epoch, block, row in zip(
+            samples.tolist(), at.pool.tolist(), at.epoch.tolist(), at.block.tolist(), at.row.tolist(), strict=True
+        )
+        for part in _parts(shards[pool], block, row * seq_tokens, seq_tokens)
+    ]
+    wanted: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for _, pool, _, part in parts:
+        wanted[pool, part.shard].add(part.ordinal)
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = dict(
+            zip(wanted, threads.map(lambda key: _names(shards[key[0]], key[1], wanted[key]), wanted), strict=True)
+        )
+    return [
+        Seen(
+            sample, order.pools[pool].source, order.pools[pool].generation, epoch,
+            *found[pool, part.shard][part.ordinal], part.first_token, part.end_token,
+        )
+        for sample, pool, epoch, part in parts
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a document, known by the shard in which it lies and its ordinal in the slice."""
+
+    shard: int
+    ordinal: int
+    first_token: int
+    end_token: int
+
+
+def _parts(shards: Shards, block: int, begin: int, seq_tokens: int) -> Iterator[_Part]:
+    """What the sample at token `begin` of a block holds."""
     shard, row = shards.locate(block)
     ordinals, starts = shards.documents(shard, row).T
+    end, size = begin + seq_tokens + 1, shards.format.block_tokens
+    whose = [shard] * len(starts)
+    if end > size and (following := _row_after(shards, shard, row)) is not None:
+        ordinal, start = shards.documents(*following)[0].tolist()
+        if start == 0:  # the block's extra token is the first of a document
+            ordinals, starts = np.append(ordinals, ordinal), np.append(starts, size)
+            whose.append(following[0])
+    ends = np.append(starts[1:], size + 1)
     first = max(int(np.searchsorted(starts, begin, side="right")) - 1, 0)
-    for ordinal in ordinals[first : int(np.searchsorted(starts, end))].tolist():
-        yield _id(shards, shard, ordinal)
+    for i in range(first, int(np.searchsorted(starts, end))):
+        start = int(starts[i])
+        yield _Part(whose[i], int(ordinals[i]), max(begin, start) - start, min(end, int(ends[i])) - start)
 
 
-def _id(shards: Shards, shard: int, ordinal: int) -> str:
-    """A document's id stands in the sidecar of the shard in which it begins: this one, or one before it."""
+def _row_after(shards: Shards, shard: int, row: int) -> tuple[int, int] | None:
+    """The row behind a block in the stream of its slice: a block or the tail. None at the stream's end."""
+    table = shards.table
+    if row + 1 < table["blocks"][shard].as_py() + (table["tail_tokens"][shard].as_py() > 0):
+        return shard, row + 1
+    same = shard + 1 < len(shards) and table["slice"][shard + 1] == table["slice"][shard]
+    return (shard + 1, 0) if same else None
+
+
+def _names(shards: Shards, shard: int, ordinals: set[int]) -> dict[int, tuple[str, str]]:
+    """The id and the address of documents of which a shard has tokens.
+
+    They stand in the sidecar of the shard in which a document begins: this one, or one before it.
+    """
     slice_ = shards.table["slice"][shard]
-    while shard >= 0 and shards.table["slice"][shard] == slice_:
-        if entry := sidecar(shards, shard, ordinal):
-            return str(entry["id"])
+    found: dict[int, tuple[str, str]] = {}
+    while (left := sorted(ordinals - found.keys())) and shard >= 0 and shards.table["slice"][shard] == slice_:
+        path = shards.path(shard, "docs.parquet")
+        try:
+            table = pq.ParquetFile(path).read(["ordinal", "id", "uri"], use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
+        for row in table.take(np.flatnonzero(np.isin(table["ordinal"].to_numpy(), left))).to_pylist():
+            found[row["ordinal"]] = row["id"], row["uri"]
         shard -= 1
-    return f"{slice_}#{ordinal}"
+    return {ordinal: found.get(ordinal, (f"{slice_}#{ordinal}", "")) for ordinal in ordinals}

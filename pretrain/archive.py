@@ -119,7 +119,10 @@ class Store:
         """Copy what a run is, and which of its branches are alive. Raises what `put` does."""
         self._check_same_run(run_folder)
         branches = sorted(run_folder.glob("lineage/[0-9]*.json"), key=lambda path: int(path.stem))  # parents first
-        for path in [run_folder / "run.yaml", *run_folder.glob("segments/*.json"), *branches]:
+        kept = sorted(
+            run_folder.glob("segments/[!.]*"), key=lambda path: path.suffix == ".json"
+        )  # after what they name
+        for path in [run_folder / "run.yaml", *kept, *branches]:
             if path.is_file():
                 self._write(f"{self.root}/{path.relative_to(run_folder)}", path.read_bytes())
 

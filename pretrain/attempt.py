@@ -114,6 +114,8 @@ class Attempt:
         self.digest_share = (self.digest_share + batch.digest) % 2**128
         self.position = Position(step, self.course.steps.start(step), self.course.tokens(step), self.position.digest)
         self.evaluated = False
+        for line in self.course.warnings(step):
+            self.note("epochs", line)
 
     def post(self, outcome: Outcome, lr: float, seconds: float, waited: float) -> Reading | None:
         """Tell the other ranks of the step that was just made, and read what they told of the one before."""

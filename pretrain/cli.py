@@ -47,13 +47,63 @@ def train(
 
 @app.command()
 def amend(
-    run: Run, changes: Annotated[list[str], typer.Argument(help="section.key=value: weights, budget, schedule, ...")]
+    run: Run,
+    changes: Annotated[
+        list[str],
+        typer.Argument(
+            help="section.key=value: weights, budget, schedule, ...; takedown=FILE with an id, or SOURCE:ID, on each "
+            "line; skip_blocks=SOURCE:GENERATION:BLOCK[-BLOCK]"
+        ),
+    ],
 ) -> None:
     """Change the course of a stopped run from its newest checkpoint on. The past stays as it was."""
     from pretrain.amend import amend as amend_run
 
-    record = amend_run(run, changes)
-    print(f"from sample {record.from_sample}: {' '.join(record.changes)}")
+    record = amend_run(run, changes, tell=lambda line: print(f"pretrain: {line}", file=sys.stderr))
+    withdrawn = record.withdrawn.what if record.withdrawn is not None else []
+    print(f"from sample {record.from_sample}: {' '.join([*record.changes, *withdrawn])}")
+
+
+@app.command()
+def trace(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="which documents a step sees; as numbered in the log")] = None,
+    rank: Annotated[int | None, typer.Option(help="of that step, one rank alone")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="as if on so many; else as it was trained")] = None,
+    doc: Annotated[str | None, typer.Option(help="which steps see a document: ID or SOURCE:ID")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Which documents a step sees, or which steps see a document: in the past, and as planned."""
+    import json
+    from dataclasses import asdict
+
+    if (step is None) == (doc is None):
+        raise ConfigError("trace: expected --step S [--rank R] or --doc ID")
+    from pretrain.run import load_run
+    from pretrain.trace import trace_document, trace_step
+
+    loaded = load_run(run)
+    if step is not None:
+        seen = trace_step(loaded, step, rank, ranks)
+        lines = [
+            f"sample {s.sample}  rank {s.rank}  {s.state}  {s.source}  epoch {s.epoch}  "
+            f"tokens {s.first_token} to {s.end_token - 1}  {s.id}  {s.uri}"
+            for s in seen
+        ]
+        print(json.dumps([asdict(s) for s in seen], indent=1) if as_json else "\n".join(lines))
+        return
+    assert doc is not None
+    found = trace_document(loaded, doc)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=1))
+        return
+    for each in found:
+        print(f"{each.source}:{each.id}  {each.split}, {each.tokens} tokens  {each.uri}")
+        for s in each.sightings:
+            print(
+                f"step {s.step}  {s.state}  epoch {s.epoch}  sample {s.sample}  "
+                f"tokens {s.first_token} to {s.end_token - 1}"
+            )
 
 
 @app.command()
@@ -82,6 +132,7 @@ def generate(
 def verify(
     run: Run,
     deep: Annotated[bool, typer.Option("--deep", help="read the data between them again, and add it up")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="the same, in so many processes")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Read every byte of every checkpoint of a run and follow the chain of digests; a line for each. Damage: exit 1."""
@@ -92,7 +143,8 @@ def verify(
     from pretrain.verify import verify_run
 
     loaded = load_run(run)
-    rows = verify_run(loaded, deep)
+    deep = deep or workers is not None
+    rows = verify_run(loaded, deep, workers or 1, tell=lambda line: print(f"pretrain: {line}", file=sys.stderr))
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

@@ -58,7 +58,7 @@ def _losses(
     asked: Pending | None = None
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
-        for tokens, valid in validation.batches(rows, ranks.rank, ranks.size):
+        for tokens, valid, _ in validation.batches(rows, ranks.rank, ranks.size):
             before, asked = asked, ranks.sum_later(torch.tensor([float(asked_to_stop())]))
             if before is not None and before.result().item():
                 asked.result()

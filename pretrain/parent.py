@@ -216,7 +216,7 @@ def _parent_s_records(run: TrainRun, committed: Committed) -> list[SegmentRecord
     first = replace(records[0], changes=[settled(path, courses[0]) for path in paths])
     last = replace(
         records[-1], segment=len(records), from_sample=committed.position.samples,
-        changes=[settled(path, run) for path in paths], skips=[],
+        changes=[settled(path, run) for path in paths], skips=[], withdrawn=None,
     )  # fmt: skip
     return [first, *records[1:], last]
 

@@ -58,7 +58,9 @@ def _commit(a: Attempt, settings: Rollback, bad: tuple[int, int], why: str) -> t
     segments = Segments(run_folder)
     newest = segments.read()[-1]
     from_sample = max(newest.from_sample, good.position.samples)
-    record = replace(newest, segment=newest.segment + 1, from_sample=from_sample, changes=[], skips=[(begin, end)])
+    record = replace(
+        newest, segment=newest.segment + 1, from_sample=from_sample, changes=[], skips=[(begin, end)], withdrawn=None
+    )
     lineage.check(branch.branch)
     segments.write(record)
     fail_at("rollback.committed")

@@ -14,7 +14,7 @@ from data_pipeline.stream import Data
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import EngineSettings
 from pretrain.evaluate import Evaluation
-from pretrain.fields import field_class
+from pretrain.fields import ADDED, field_class
 from pretrain.guard import Guard
 from pretrain.models import Model
 from pretrain.objectives import NextToken, Objective
@@ -90,7 +90,11 @@ class TrainRun(Section):
     def identity(self) -> dict[str, Any]:
         """The fields that a resume may not change, by dotted path."""
         flat = configs.flatten(self.model_dump(mode="json"))
-        return {path: value for path, value in flat.items() if field_class(path) == "identity"}
+        return {
+            path: value
+            for path, value in flat.items()
+            if field_class(path) == "identity" and not (path in ADDED and value == ADDED[path])
+        }
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:

@@ -13,17 +13,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from configs import ConfigError, absolute, build, canonical_json, differences
 from data_pipeline import order
-from data_pipeline.order import Exhausted, Order, Pool, Segment, Skips, Steps, choose_lanes
+from data_pipeline.order import Exhausted, Order, Pool, Segment, Skips, Steps, Withdrawal, choose_lanes
 from data_pipeline.stream import Corpora
 from pretrain.fields import field_class
 from pretrain.lineage import create_exclusively
+from pretrain.withdrawn import Ranges, Withdrawn, merged, size
 
 if TYPE_CHECKING:
     from pretrain.run import TrainRun
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 where nothing was withdrawn: that code reads it
+WARN_STEPS = 100  # so long before a source has had its epochs, it is said once more
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,10 @@ class SegmentRecord:
     identities: dict[str, list[str]]
     lanes: int
     tokenizer_sha256: str
-    format: int = FORMAT_VERSION
+    format: int = 1
     order_version: int = order.VERSION
     skips: list[tuple[int, int]] = field(default_factory=list)
+    withdrawn: Withdrawn | None = None
 
 
 class Segments:
@@ -57,13 +62,21 @@ class Segments:
         """Commit a record. Raises ConfigError where another start has just written it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{record.segment}.json"
-        if not create_exclusively(path, asdict(record)):
+        tree = asdict(record)
+        if record.withdrawn is None:
+            del tree["withdrawn"]
+        else:
+            record.withdrawn.copy_to(self.folder)  # from a parent's records
+            del tree["withdrawn"]["folder"]
+        tree["format"] = 1 if record.withdrawn is None else FORMAT_VERSION
+        if not create_exclusively(path, tree):
             raise ConfigError(f"{path}: has just been written by another command; try again")
 
     def clear(self) -> None:
         """Forget what a start that never took a branch left."""
-        for path in self.folder.glob("[0-9]*.json"):
-            path.unlink()
+        for pattern in ("[0-9]*.json", "withdrawn-*.parquet", "takedown-*.txt"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
 
 def _read(path: Path) -> SegmentRecord:
@@ -77,6 +90,8 @@ def _read(path: Path) -> SegmentRecord:
             f"{path}: this run has samples in order {record['order_version']}, this code deals them in order "
             f"{order.VERSION}; go on with the code that began it"
         )
+    if "withdrawn" in record:
+        record["withdrawn"] = Withdrawn(**record["withdrawn"], folder=str(path.parent))
     return SegmentRecord(**record)
 
 
@@ -131,6 +146,8 @@ class Course:
     record: SegmentRecord  # the last one
     end_step: int
     end_reason: str
+    withdrawn: list[tuple[int, Ranges]] = field(default_factory=list)  # (from_sample, what is not fed from there on)
+    epochs: list[tuple[int, str]] = field(default_factory=list)  # step after which a source has had its own; a line
 
     def at(self, step: int) -> TrainRun:
         """The configuration in force in a step."""
@@ -141,6 +158,16 @@ class Course:
         """Tokens consumed before a step: its start, less what was skipped."""
         sample = self.steps.start(step)
         return (sample - self.skips.before(sample)) * self.runs[0][1].data.seq_tokens
+
+    @property
+    def end_sample(self) -> int:
+        """The first sample that no step takes."""
+        return self.steps.start(self.end_step)
+
+    def warnings(self, step: int, first: bool = False) -> list[str]:
+        """Which sources are about to have had their epochs: of all steps to come at the first step of an attempt, and
+        later `WARN_STEPS` before and when it happens."""
+        return [line for at, line in self.epochs if (step < at if first else step in (at - WARN_STEPS, at))]
 
 
 def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
@@ -157,18 +184,47 @@ def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
     everything = {name: max(r.generations.get(name, 0) for r in records) for r in records for name in r.generations}
     pools = corpora.pools(everything)
     steps = Steps([(from_sample, run_.batch_seqs) for from_sample, run_ in runs])
-    skips = Skips([(begin, end) for r in records for begin, end in r.skips])
-    end_step = steps.step_of(_last_sample(last, skips)) + 1
+    ranges = [(begin, end) for r in records for begin, end in r.skips]
+    withdrawn = [(r.from_sample, r.withdrawn.ranges()) for r in records if r.withdrawn is not None]
+    skips = Skips(ranges)
+    end_step = 0
+    # Skips follow from the order, the end from the skips, and in the order are the sources left out before the end.
+    while (until := steps.step_of(_last_sample(last, skips)) + 1) > end_step:
+        end_step = until
+        drawn = _Drawn(run.seed, pools, record.lanes, last.data.group_blocks)
+        for i, ((_, run_), r) in enumerate(zip(runs, records, strict=True)):
+            exhausted = drawn.add(run_, r, records[i + 1].from_sample if r is not record else steps.start(end_step))
+        order = drawn.order()
+        if not withdrawn:
+            break
+        skips = Skips(ranges, order, _withdrawals(order, withdrawn))
+        if exhausted is not None:
+            break
     end_reason = f"train_tokens {last.train_tokens} reached"
-    drawn = _Drawn(run.seed, pools, record.lanes, last.data.group_blocks)
-    for i, ((_, run_), r) in enumerate(zip(runs, records, strict=True)):
-        exhausted = drawn.add(run_, r, records[i + 1].from_sample if r is not record else steps.start(end_step))
     if exhausted is not None:
         if last.data.on_exhausted != "stop":
             raise _refusal(exhausted, last, end_step, steps)
         end_step = steps.step_of(max(exhausted.sample, record.from_sample))
         end_reason = f"source {exhausted.source} reached its {last.data.sources[exhausted.source].max_epochs:g} epochs"
-    return Course(runs, drawn.order(), steps, skips, corpora, record, end_step, end_reason)
+    epochs = [_epochs_line(found, last, steps, end_step) for found in [*drawn.left_out, exhausted] if found is not None]
+    return Course(runs, order, steps, skips, corpora, record, end_step, end_reason, withdrawn, epochs)
+
+
+def _withdrawals(order: Order, withdrawn: Sequence[tuple[int, Ranges]]) -> list[Withdrawal]:
+    """What is withdrawn, by the pools of an order. Raises ConfigError where nothing is left to be fed at last."""
+    pools = {(pool.source, pool.generation): i for i, pool in enumerate(order.pools)}
+    found = [Withdrawal(begin, {pools[key]: spans for key, spans in ranges.items()}) for begin, ranges in withdrawn]
+    for index in order.drawn_at_last():
+        spans = [tuple(span) for w in found for span in w.ranges.get(index, np.zeros((0, 2), np.int64)).tolist()]
+        if size(merged(spans)) < order.pools[index].blocks * order.pools[index].rows:
+            return found
+    raise ConfigError("takedown, skip_blocks: every sample of the sources that are drawn from would be skipped")
+
+
+def _epochs_line(found: Exhausted, run: TrainRun, steps: Steps, end_step: int) -> tuple[int, str]:
+    step, epochs = steps.step_of(found.sample), run.data.sources[found.source].max_epochs
+    then = "the run ends there" if run.data.on_exhausted == "stop" else "it is left out from there on"
+    return step, f"source {found.source}: its {epochs:g} epochs end after step {step} of {end_step}; {then}"
 
 
 @dataclass
@@ -182,6 +238,7 @@ class _Drawn:
     segments: list[Segment] = field(default_factory=list)
     rules: Any = None  # of the last record; the same ones again open no segment, so that the data stay as they were
     limits: dict[str, float] = field(default_factory=dict)  # epochs of the sources that are still drawn from
+    left_out: list[Exhausted] = field(default_factory=list)  # by the last record
 
     def order(self) -> Order:
         return Order(self.seed, self.pools, self.lanes, self.group_blocks, self.segments)
@@ -189,6 +246,7 @@ class _Drawn:
     def add(self, run: TrainRun, record: SegmentRecord, until: int) -> Exhausted | None:
         """Add a record. With `reweight`, a source that has had its epochs before sample `until` is left out from there
         on; what is exhausted before `until` and cannot be left out is given back."""
+        self.left_out.clear()
         sources = run.data.sources
         rules = ({n: (s.weight, s.max_epochs) for n, s in sources.items()}, record.generations, run.data.on_exhausted)
         if rules != self.rules:
@@ -203,6 +261,7 @@ class _Drawn:
                 return found
             self.segments.append(replace(last, from_sample=max(found.sample, last.from_sample), weights=weights))
             del self.limits[found.source]
+            self.left_out.append(found)
         return None
 
 

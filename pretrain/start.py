@@ -136,7 +136,9 @@ def begin(
         run.micro_batch_seqs, ranks.rank, ranks.size,
     )  # fmt: skip
     validation = {
-        name: Validation(course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens)
+        name: Validation(
+            course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens, run.data.document_mask
+        )
         for name, count in course.record.generations.items()
     }
     past = ranks.first(lambda: _past(run, position.step))
@@ -155,6 +157,8 @@ def begin(
         Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size),
         past.evaluated, chosen.manifest.get("state", {}).get("guard", {}) if chosen else {}, past.save_s,
     )  # fmt: skip
+    for line in course.warnings(position.step, first=True):
+        attempt.note("epochs", line)
     attempt.saver.on_commit = attempt.committed
     attempt.saver.on_removed = lambda folder: _on_removed(journal, folder)
     if journal is not None:

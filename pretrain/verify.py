@@ -2,26 +2,28 @@
 
 A checkpoint's digest (of every sample fed before it) must be the one that the journal has at its step; step, samples
 and tokens must grow along the lineage; a branch must begin at the very checkpoint that its record names. `deep` reads
-the data between each two live checkpoints again and adds their digests up.
+the data again, in any number of processes, and adds their digests up between each two live checkpoints, and between any
+two places at which the journal has a digest: so it names the first interval that differs.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.shards import ShardError
-from data_pipeline.stream import Stream
+from data_pipeline.proof import stretch_digests
 from pretrain import checkpoint
 from pretrain.archive import open_archive
 from pretrain.checkpoint import Committed, Damaged, Position
 from pretrain.lineage import Lineage
 from pretrain.run import TrainRun
 from pretrain.segments import Segments, plan_course
-from pretrain.track.journal import read_journal
+from pretrain.track.journal import lineage as journal_lineage
+from pretrain.track.journal import live_records, read_journal
 
 
 @dataclass
@@ -46,8 +48,13 @@ class Verified:
         return f"{self.name}: {state}" + (f" ({', '.join(more)})" if more else "")
 
 
-def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
-    """Every checkpoint of a run, newest first; not those that the run removes meanwhile."""
+def verify_run(
+    run: TrainRun, deep: bool = False, workers: int = 1, tell: Callable[[str], None] = lambda _: None
+) -> list[Verified]:
+    """Every checkpoint of a run, newest first; not those that the run removes meanwhile.
+
+    `tell` is given a line on what `deep` found.
+    """
     folder = run.run_folder
     found = checkpoint.all_checkpoints(folder)
     live = set(checkpoint.live_checkpoints(folder))  # after `found`: a live run may commit between the two
@@ -69,9 +76,7 @@ def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
     chain = [whole[path] for path in sorted(live & whole.keys(), key=lambda path: whole[path][1].position.step)]
     for (_, before), (row, after) in pairwise(chain):
         _check_growth(row, before, after)
-    if deep:
-        _add_up(run, chain)
-    return rows
+    return rows + (_add_up(run, chain, workers, tell) if deep and chain else [])
 
 
 def _read(path: Path) -> tuple[Committed | None, list[str]]:
@@ -129,21 +134,84 @@ def _check_growth(row: Verified, before: Committed, after: Committed) -> None:
             row.problems.append(f"{name} {now} after {was} of {before.folder.name}")
 
 
-def _add_up(run: TrainRun, chain: list[tuple[Verified, Committed]]) -> None:
-    """Compare the digest of each checkpoint with the one before it plus the data between, read again."""
+@dataclass(frozen=True)
+class Mark:
+    """A place of the live lineage at which a digest was kept, and by what."""
+
+    step: int
+    digest: str
+    kept_by: str
+
+
+def _add_up(
+    run: TrainRun, chain: list[tuple[Verified, Committed]], workers: int, tell: Callable[[str], None]
+) -> list[Verified]:
+    """Compare each digest that was kept with the one before it plus the data between, read again.
+
+    What differs is told of each checkpoint; a row more where only the journal shows it.
+    """
     course = plan_course(run, Segments(run.run_folder).read())
-    stream = Stream(
-        course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
-        run.micro_batch_seqs,
-    )  # fmt: skip
+    marks = _marks(run.run_folder, chain)
+    steps = sorted({mark.step for mark in marks})
+    bounds = [course.steps.start(step) for step in steps]
+    read = dict(zip(steps, stretch_digests(course.order, course.skips, run.data, bounds, workers), strict=False))
     for (_, before), (row, after) in pairwise(chain):
         first, end = before.position.step, after.position.step
-        try:
-            fed = sum(batch.digest for batch in stream.batches(first, end))
-        except (OSError, ShardError) as error:
-            row.problems.append(f"the data from step {first} on: {error}")
+        fed, problem = _sum(read, first, end)
+        if problem is not None:
+            row.problems.append(f"the data from step {first} on: {problem}")
             continue
         expected = f"{(int(before.position.digest, 16) + fed) % 2**128:032x}"
         row.digest = f"that of the data from step {first} on"
         if after.position.digest != expected:
             row.problems.append(f"digest {after.position.digest} is not {expected}, that of the data from step {first}")
+    differs = next(_differing(marks, read), None)
+    if differs is None:
+        if len(steps) > 1:
+            tell(f"steps {steps[0]} to {steps[-1]}: the data give the digest kept at each of {len(steps)} places")
+        return []
+    tell(differs[1])
+    if any(row.problems for row, _ in chain):
+        return []
+    return [Verified("journal", differs[0].step, Lineage(run.run_folder).highest(), True, None, [differs[1]])]
+
+
+def _marks(run_folder: Path, chain: list[tuple[Verified, Committed]]) -> list[Mark]:
+    """Where digests were kept, by step; at one step that of a checkpoint comes last."""
+    records = live_records(read_journal(run_folder), journal_lineage(run_folder))
+    marks = [
+        Mark(r.step, r.fields["digest"], "the journal") for r in records if r.type == "step" and "digest" in r.fields
+    ]
+    marks += [Mark(committed.position.step, committed.position.digest, row.name) for row, committed in chain]
+    branches = Lineage(run_folder).branches()
+    if any(branch.parent is None and branch.step == 0 for branch in branches.values()):
+        marks.append(Mark(0, "0" * 32, "the beginning"))
+    return sorted(marks, key=lambda mark: (mark.step, mark.kept_by != "the journal"))
+
+
+def _differing(marks: list[Mark], read: dict[int, int | str]) -> Iterator[tuple[Mark, str]]:
+    """Each mark that is not the one before it plus the data between; a line on it."""
+    for before, after in pairwise(marks):
+        fed = read[before.step] if before.step < after.step else 0
+        where = f"steps {before.step} to {after.step}"
+        if isinstance(fed, str):
+            yield after, f"the first interval that cannot be read again: {where}: {fed}"
+            continue
+        expected = f"{(int(before.digest, 16) + fed) % 2**128:032x}"
+        if after.digest != expected:
+            yield (
+                after,
+                f"the first interval that differs: {where}: from {before.digest} ({before.kept_by}) the data lead to "
+                f"{expected}, but {after.kept_by} has {after.digest}",
+            )
+
+
+def _sum(read: dict[int, int | str], first: int, end: int) -> tuple[int, str | None]:
+    """The digest of steps [first, end), or why it is not known."""
+    total = 0
+    for step in (step for step in read if first <= step < end):
+        digest = read[step]
+        if isinstance(digest, str):
+            return 0, digest
+        total += digest
+    return total, None

@@ -31,6 +31,7 @@ from data_pipeline.order import (
     Segment,
     Skips,
     Steps,
+    Withdrawal,
     choose_lanes,
     cut,
     cut_range,
@@ -509,6 +510,37 @@ def test_skips_are_counted(ranges: list[tuple[int, int]]) -> None:
     assert skips.mask(np.arange(80)).tolist() == naive
     assert [skips.before(n) for n in range(80)] == [sum(naive[:n]) for n in range(80)]
     assert all(end < begin for (_, end), (begin, _) in pairwise(skips.ranges))
+
+
+@st.composite
+def withdrawals(draw: st.DrawFn, order: Order) -> Withdrawal:
+    """Some samples of some pools, from anywhere on."""
+    ranges = {}
+    for index in draw(st.sets(st.integers(0, len(order.pools) - 1), min_size=1)):
+        size = order.pools[index].blocks * order.pools[index].rows
+        cuts = sorted(draw(st.sets(st.integers(0, size), min_size=2, max_size=6)))
+        ranges[index] = np.array(list(zip(cuts[::2], cuts[1::2], strict=False)), np.int64).reshape(-1, 2)
+    return Withdrawal(draw(st.integers(0, 900)), ranges)
+
+
+@given(data=st.data(), order=orders(), ranges=RANGES)
+@settings(max_examples=15, deadline=None)
+def test_what_is_withdrawn_is_skipped_in_every_epoch_and_counted(
+    data: st.DataObject, order: Order, ranges: list[tuple[int, int]]
+) -> None:
+    withdrawn = [data.draw(withdrawals(order)) for _ in range(data.draw(st.integers(1, 2)))]
+    skips, samples = Skips(ranges, order, withdrawn), np.arange(1500)
+    at = order.locate(samples)
+    naive = np.array([any(begin <= n < end for begin, end in ranges) for n in samples])
+    for each in withdrawn:
+        for index, spans in each.ranges.items():
+            place = at.block * order.pools[index].rows + at.row
+            for begin, end in spans.tolist():
+                naive |= (samples >= each.from_sample) & (at.pool == index) & (place >= begin) & (place < end)
+    first = data.draw(st.integers(0, 1499))  # whatever is asked for first
+    assert skips.before(first) == naive[:first].sum()
+    assert np.array_equal(skips.mask(samples[::-1]), naive[::-1])
+    assert [skips.before(n) for n in range(0, 1500, 7)] == np.concatenate([[0], np.cumsum(naive)])[:1500:7].tolist()
 
 
 # --- the digest ------------------------------------------------------------------------------------------------------

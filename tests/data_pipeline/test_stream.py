@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import ConfigError, build
 from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
@@ -71,7 +73,7 @@ def plan(folder: Path) -> Plan:
 
 
 def flat(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    return batch.tokens.reshape(-1, T + 1), batch.valid.reshape(-1)
+    return batch.tokens.reshape(-1, batch.tokens.shape[-1]), batch.valid.reshape(-1)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -119,6 +121,81 @@ def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder:
             assert flat(batch)[1][: len(mine)].tolist() == [T if fed[n - samples[0]] else 0 for n in mine]
             total += batch.digest
         assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
+
+
+def fed_rows(batches: Sequence[Batch]) -> Counter[tuple[int, ...]]:
+    """The rows of a step that count, with their tokens, whichever rank has them."""
+    pairs = [flat(batch) for batch in batches]
+    return Counter(
+        tuple(row) for tokens, valid in pairs for row, count in zip(tokens.tolist(), valid, strict=True) if count
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, folder: Path) -> None:
+    """Resumed at any step on other ranks, micro-batches, threads, caches: the same samples, the same digest."""
+    draw, sizes = data.draw, st.integers(1, 40)
+    seq_tokens, lanes = draw(st.sampled_from([32, 128, 512])), draw(st.sampled_from([1, 2, 4, 8]))
+    plan = Plan(data_of(folder, seq_tokens=seq_tokens, group_blocks=draw(st.integers(1, 5))))
+    skips = Skips([(n, n + draw(sizes)) for n in draw(st.lists(st.integers(0, 150), max_size=2))])
+    order = Order(draw(st.integers(0, 99)), plan.pools, lanes, plan.data.group_blocks, plan.order.segments)
+    batch, then = draw(sizes), draw(sizes)
+    steps, end = Steps([(0, batch), (3 * batch, then)]), 5
+
+    def streams(ranks: int) -> list[Stream]:
+        more = {"read_threads": draw(st.integers(1, 3)), "prefetch_steps": draw(st.integers(1, 3))}
+        settings, micro = plan.data.model_copy(update=more), draw(st.integers(1, 12))
+        shards = [plan.corpora.shards(plan.pools) for _ in range(ranks)]
+        found = [Stream(order, steps, skips, shards[r], settings, micro, r, ranks) for r in range(ranks)]
+        for stream in found:
+            stream.open_blocks.capacity = draw(st.integers(1, 9))
+        return found
+
+    whole = [[batch] for batch in streams(1)[0].batches(0, end)]
+    first = 0
+    while first < end:  # an attempt after the other
+        last = draw(st.integers(first + 1, end))
+        for batches in zip(*(s.batches(first, last) for s in streams(draw(st.integers(1, 6)))), strict=True):
+            step = batches[0].step
+            assert fed_rows(batches) == fed_rows(whole[step])
+            assert sum(b.digest for b in batches) % 2**128 == whole[step][0].digest
+            assert sum(int(b.valid.sum()) for b in batches) == int(whole[step][0].valid.sum())
+        first = last
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def numbers_by_marks(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Documents told apart by their <|endoftext|>, which random documents do not hold elsewhere."""
+    ends = tokens[..., :-1] == FORMAT.end_of_text
+    return np.cumsum(ends, axis=-1) - ends
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_masked_run_is_told_where_documents_begin(ranks: int, plan: Plan) -> None:
+    for rank in range(ranks):
+        masked, plain = (plan.stream(3, rank, ranks, document_mask=mask) for mask in (True, False))
+        masked.open_blocks.capacity = 2
+        for step in range(STEPS):
+            batch, without = masked.batch(step), plain.batch(step)
+            assert same(batch, without) and without.documents is None
+            assert batch.documents is not None and batch.documents.dtype == np.int32
+            assert np.array_equal(batch.documents, numbers_by_marks(batch.tokens))
+            assert batch.documents[batch.valid == 0].sum() == 0
+        assert len(masked.open_blocks.documents) <= 2
+
+
+def test_masked_validation_is_told_where_documents_begin(plan: Plan) -> None:
+    validation = Validation(plan.corpora.manifests["alpha"], 1, T, 10**9, document_mask=True)
+    most = 0
+    for tokens, valid, documents in validation.batches(4, 0, 1):
+        assert documents is not None
+        for row, count, numbers in zip(tokens, valid.tolist(), documents, strict=True):
+            assert np.array_equal(numbers[:count], numbers_by_marks(row)[:count])
+            most = max(most, *numbers.tolist())
+    assert most > 1
 
 
 # --- how it comes -----------------------------------------------------------------------------------------------------
@@ -239,7 +316,8 @@ def validation_rows(validation: Validation, rows: int = 1, ranks: int = 1) -> li
     found = []
     for batches in zip(*by_rank, strict=True):
         for i in range(rows):
-            for tokens, valid in batches:
+            for tokens, valid, documents in batches:
+                assert documents is None
                 assert tokens.shape == (rows, T + 1)
                 assert not tokens[i, valid[i] + 1 :].any()
                 if valid[i]:

@@ -142,6 +142,12 @@ def test_shards_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     assert plan_course(moved, begun(run)).order.identity == plan_course(run, begun(run)).order.identity
 
 
+def test_a_later_field_at_its_default_is_no_part_of_the_identity(folder: Path) -> None:
+    """Checkpoints written before it was there are of the same run."""
+    assert "data.document_mask" not in run_of(folder).identity()
+    assert run_of(folder, "data.document_mask=true").identity()["data.document_mask"] is True
+
+
 # --- epochs -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +253,10 @@ def test_a_limit_lowered_below_what_was_drawn(folder: Path) -> None:
         ("model.layers=3", "model.layers: 2 -> 3: cannot be amended: it is part of what this run is"),
         ("data.seq_tokens=32", "data.seq_tokens: 64 -> 32: cannot be amended: it is part of what this run is"),
         ("data.lanes=4", "data.lanes: None -> 4: cannot be amended: it is part of what this run is"),
+        (
+            "data.document_mask=true",
+            "data.document_mask: False -> True: cannot be amended: it is part of what this run is",
+        ),
         ("engine.precision=bf16", "engine.precision: fp32 -> bf16: cannot be amended: it is part of what this run is"),
         ("micro_batch_seqs=5", "micro_batch_seqs: 3 -> 5: cannot be amended: it may be given at any start instead"),
         (
@@ -421,8 +431,8 @@ def test_records_are_kept_in_order(folder: Path, tmp_path: Path) -> None:
 def test_a_newer_record_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "segments" / "0.json"
     Segments(tmp_path).write(begun(run_of(folder))[0])
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2, "more": 1}))
-    assert refused(Segments(tmp_path).read) == f"{path}: format 2 is newer than this code's 1; update longhaul"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3, "more": 1}))
+    assert refused(Segments(tmp_path).read) == f"{path}: format 3 is newer than this code's 2; update longhaul"
 
 
 def test_a_run_in_another_order_is_refused(folder: Path, tmp_path: Path) -> None:

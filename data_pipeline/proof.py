@@ -1,0 +1,112 @@
+"""The digests of stretches of samples, read again from the shards by any number of processes.
+
+A stretch's samples are read block by block, not in their order: a digest is a sum, so a block is read once for all of
+its samples in a part of the work, and parts may be as many processes' as there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from data_pipeline.order import Order, Skips, digest
+from data_pipeline.shards import ShardError, Shards
+from data_pipeline.stream import Corpora, Data
+
+PART_SAMPLES = 2**17  # of which a process knows the places at a time; a group of 8 blocks of 512 lanes has as many
+
+Piece = tuple[int, int, int]  # of which stretch, first sample, end
+
+
+def stretch_digests(
+    order: Order, skips: Skips, data: Data, bounds: Sequence[int], workers: int = 1
+) -> Iterator[int | str]:
+    """The digest of the samples that are fed from each bound up to the next; a line where they cannot be read."""
+    parts = _parts(bounds, workers)
+    reader = _Reader(order, skips, data)
+    if workers == 1:
+        results = [reader.read(part) for part in parts]
+    else:
+        spawn = multiprocessing.get_context("spawn")  # a fork would take locks of this process' threads along
+        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(reader,)) as pool:
+            results = list(pool.map(_read, parts))
+    sums, problems = [0] * (len(bounds) - 1), [""] * (len(bounds) - 1)
+    for totals, found in results:
+        for stretch, total in totals.items():
+            sums[stretch] += total
+        for stretch, problem in found.items():
+            problems[stretch] = problems[stretch] or problem
+    return (problem or total % 2**128 for total, problem in zip(sums, problems, strict=True))
+
+
+def _parts(bounds: Sequence[int], workers: int) -> list[list[Piece]]:
+    """All samples, cut into parts of about the same size, a few for each worker."""
+    total = bounds[-1] - bounds[0] if bounds else 0
+    size = max(1, min(PART_SAMPLES, -(-total // (4 * workers))))
+    parts: list[list[Piece]] = [[]]
+    room = size
+    for stretch, (begin, end) in enumerate(pairwise(bounds)):
+        while begin < end:
+            taken = min(room, end - begin)
+            parts[-1].append((stretch, begin, begin + taken))
+            begin, room = begin + taken, room - taken
+            if not room:
+                parts.append([])
+                room = size
+    return [part for part in parts if part]
+
+
+class _Reader:
+    """What a process needs to read samples again; it opens the corpora by itself."""
+
+    def __init__(self, order: Order, skips: Skips, data: Data) -> None:
+        self.order, self.skips, self.data = order, skips, data
+
+    @cached_property
+    def shards(self) -> list[Shards]:
+        """Those of each pool, opened by whoever reads."""
+        return Corpora(self.data).shards(self.order.pools)
+
+    def read(self, part: list[Piece]) -> tuple[dict[int, int], dict[int, str]]:
+        """The sums of the stretches of a part, and what went wrong in some."""
+        samples = np.concatenate([np.arange(begin, end) for _, begin, end in part])
+        stretch = np.concatenate([np.full(end - begin, number) for number, begin, end in part])
+        fed = ~self.skips.mask(samples)
+        samples, stretch = samples[fed], stretch[fed]
+        at, length = self.order.locate(samples), self.data.seq_tokens
+        by_block = np.lexsort((stretch, at.block, at.pool))
+        cuts = np.flatnonzero(np.diff(at.pool[by_block]) | np.diff(at.block[by_block])) + 1
+        sums = {number: 0 for number, _, _ in part}
+        problems: dict[int, str] = {}
+        for mine in np.split(by_block, cuts) if len(samples) else ():
+            pool, block = int(at.pool[mine[0]]), int(at.block[mine[0]])
+            try:
+                ids = self.shards[pool].read(block)
+            except (ShardError, OSError) as error:
+                problems |= {int(number): str(error) for number in stretch[mine]}
+                continue
+            rows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[at.row[mine] * length]
+            for number in np.unique(stretch[mine]).tolist():
+                own = stretch[mine] == number
+                sums[number] += digest(samples[mine][own], rows[own])
+        for each in self.shards:
+            each.close()
+        return sums, problems
+
+
+_reader: _Reader | None = None  # of a worker process
+
+
+def _begin(reader: _Reader) -> None:
+    global _reader
+    _reader = reader
+
+
+def _read(part: list[Piece]) -> tuple[dict[int, int], dict[int, str]]:
+    assert _reader is not None
+    return _reader.read(part)
