@@ -13,19 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs import Bool, Section
+from pretrain.engine.settings import Computation
 from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
 
-class Torch(Section):
+class Torch(Computation):
     """torch alone: DDP-like, nothing sharded."""
 
     kind: Literal["torch"] = "torch"
-    precision: Literal["fp32", "bf16"] = "bf16"
-    compile: Bool = False
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> PlainEngine:
         """An engine over a model that holds its initial values in fp32."""
@@ -57,7 +55,7 @@ class PlainEngine:
             for group in optim.groups(model)
         ]
         self.optimizer = optim.over(groups)
-        self.forward = torch.compile(model, dynamic=False) if settings.compile else model
+        self.forward = torch.compile(model, dynamic=False) if settings.compiles(ranks.device) else model
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """See `Engine.step`."""

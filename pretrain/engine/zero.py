@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from configs import Bool, ConfigError, Int, Section
+from configs import ConfigError, Int
+from pretrain.engine.settings import Computation, Offload
 from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
@@ -25,21 +26,25 @@ from pretrain.ranks import Ranks
 FLOOR = (0, 19, 8)
 
 
-class DeepSpeed(Section):
+class DeepSpeed(Computation):
     """DeepSpeed ZeRO: 1 shards optimizer state and masters, 2 gradients too, 3 the weights too; 0 shards nothing."""
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Int = Field(default=1, ge=0, le=3)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    compile: Bool = False
+    offload: Offload = Offload()
 
     @model_validator(mode="after")
-    def _refuse_stage_0_in_bf16(self) -> DeepSpeed:
-        if self.zero_stage == 0 and self.precision == "bf16":
+    def _refuse_what_deepspeed_does_wrong(self) -> DeepSpeed:
+        if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
-                "zero_stage 0 with bf16 trains wrong in DeepSpeed: its optimizer takes a step on zero gradients when "
-                "built (deepspeedai/DeepSpeed PR 5104); use zero_stage 1, which on one GPU shards nothing, or torch"
+                f"zero_stage 0 with {self.precision} trains wrong in DeepSpeed: its optimizer takes a step on zero "
+                f"gradients when built (deepspeedai/DeepSpeed PR 5104); use zero_stage 1, which on one GPU shards "
+                f"nothing, or torch"
             )
+        if self.zero_stage == 0 and self.offload.optimizer:
+            raise ValueError("offload.optimizer needs zero_stage 1, 2 or 3, got 0")
+        if self.zero_stage < 3 and self.offload.parameters:
+            raise ValueError(f"offload.parameters needs zero_stage 3, got {self.zero_stage}")
         return self
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> ZeroEngine:
@@ -85,7 +90,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module
-        if settings.compile:
+        if settings.compiles(ranks.device):
             self.engine.compile(compile_kwargs={"dynamic": False})
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
