@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from configs import Bool, Float, Int, Section
 from pretrain.models.attention import Past, dense
+from pretrain.models.loss import Head
 
 ATTENTION = {"dense": dense}
 
@@ -134,7 +135,7 @@ class GPT(nn.Module):
         pattern = config.attention
         self.blocks = nn.ModuleList(Block(config, pattern[i % len(pattern)]) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = Head(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -157,11 +158,8 @@ class GPT(nn.Module):
         x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # [B, T, C]
         for layer, block in enumerate(self.blocks):
             x = block(x, past[layer] if past else None)
-        logits: Tensor = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits
-        assert weights is not None
-        return weighted_loss(logits, targets, weights)
+        result: Tensor = self.lm_head(self.norm(x), targets, weights)
+        return result
 
     def new_past(self) -> list[Past]:
         """An empty memory for `forward`, one part per layer."""
@@ -173,12 +171,6 @@ class GPT(nn.Module):
         GPT-2, section 2.3: the weights of residual layers are scaled by 1 / sqrt(N), N the number of residual layers.
         """
         return 0.02 / math.sqrt(2 * self.config.layers) if name.endswith("project.weight") else 0.02
-
-
-def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
 
 
 def _dropout(config: Gpt) -> nn.Module:
