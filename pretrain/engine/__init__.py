@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.engine.plain import Torch
-from pretrain.engine.state import Outcome, State
+from pretrain.engine.state import Outcome, State, StepTimer
 from pretrain.engine.zero import DeepSpeed
 from pretrain.objectives import Batch
 from pretrain.optim import Rates
@@ -28,6 +28,7 @@ class Engine(Protocol):
     """What the loop and the checkpoints ask of an engine."""
 
     module: nn.Module
+    timer: StepTimer
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
         """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks."""
