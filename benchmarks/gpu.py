@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--nanogpt PATH] [--out benchmarks/results] [--seconds 4] [--budget 560]
 
-The card's own bf16 matmul rate; then for 124M, 350M, 760M and 1.3B in bf16, at the same batch: ZeRO-1, the torch engine,
-and nanoGPT compiled (PATH: a checkout of it). Then the torch engine with other settings: not compiled, other
+The card's own bf16 matmul rate; then for 124M, 350M, 760M and 1.3B in bf16, at the same batch: ZeRO-1, the torch
+engine, and nanoGPT compiled (PATH: a checkout of it). Then the torch engine with other settings: not compiled, other
 micro-batches, recomputation, the chunked loss; and by themselves the attention kernels and the ways to the loss.
 Medians over steps after the warm-up, on random tokens, without the data reading, checkpoints and tracking of a run.
 
@@ -216,7 +216,7 @@ ATTENTION = {
 
 
 def attention_rates(device: str) -> list[str]:
-    """Lines of a table: forward and backward of causal attention by kernel, for heads of 64 and 128."""
+    """Lines of a table: forward and backward of causal attention by kernel, as if nothing were masked."""
     shapes = [(32, 12, 1024, 64), (8, 16, 2048, 128)] if device == "cuda" else [(2, 2, 128, 64)]
     lines = [
         "| attention | B, H, T, D | ms, forward and backward | TFLOP/s, half of them masked |",

@@ -116,9 +116,17 @@ def engine(settings: Torch | DeepSpeed, gpt: Gpt, ranks: Ranks, fed: list[Batch]
     return lambda: made.step(fed, count, OPTIM.rates(1.0))
 
 
-def zero(stage: int) -> DeepSpeed:
-    """Settings of a stage."""
-    return configs.build(DeepSpeed, {"zero_stage": stage, "precision": "fp32"}, "benchmark")
+class Defaults(DeepSpeed):
+    """DeepSpeed's own gradient buffers, for comparison with what our settings take away."""
+
+    def _zero_config(self, parameters: int) -> dict[str, Any]:
+        config = super()._zero_config(parameters)
+        return {k: v for k, v in config.items() if k not in ("contiguous_gradients", "reduce_bucket_size")}
+
+
+def zero(kind: type[DeepSpeed] = DeepSpeed) -> DeepSpeed:
+    """Settings of stage 1."""
+    return configs.build(kind, {"zero_stage": 1, "precision": "fp32"}, "benchmark")
 
 
 def nanogpt_file(path: Path) -> Any:
@@ -297,12 +305,15 @@ def alone(options: argparse.Namespace) -> str:
         settings = Torch(precision="fp32")
         if options.profile:
             plain = profiled(engine(settings, gpt, ranks, fed))
-            return causes(plain, profiled(engine(zero(1), gpt, ranks, fed)))
+            kinds = {"our settings": DeepSpeed, "DeepSpeed's buffers": Defaults}
+            tables = [f"{n}:\n\n{causes(plain, profiled(engine(zero(k), gpt, ranks, fed)))}" for n, k in kinds.items()]
+            return "\n\n".join(tables)
         subjects = {
             "torch engine": engine(settings, gpt, ranks, fed),
             "torch engine in our loop": whole_loop(gpt, ranks, Path(folder)),
             "bare torch loop": bare_torch(gpt, fed),
-            "ZeRO-1": engine(zero(1), gpt, ranks, fed),
+            "ZeRO-1": engine(zero(), gpt, ranks, fed),
+            "ZeRO-1, DeepSpeed's buffers": engine(zero(Defaults), gpt, ranks, fed),
         }
         if options.nanogpt:
             subjects["nanoGPT"] = nanogpt(options.nanogpt, gpt, fed)
@@ -335,7 +346,8 @@ def one_of_two(options: argparse.Namespace) -> str:
     subjects = {
         "DDP": ddp(gpt, ranks, fed),
         "torch engine": engine(Torch(precision="fp32"), gpt, ranks, fed),
-        "ZeRO-1": engine(zero(1), gpt, ranks, fed),
+        "ZeRO-1": engine(zero(), gpt, ranks, fed),
+        "ZeRO-1, DeepSpeed's buffers": engine(zero(Defaults), gpt, ranks, fed),
     }
     times = interleaved(subjects, options.rounds)
     dist.barrier()

@@ -27,6 +27,7 @@ from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
+BUCKET = 500_000_000  # elements that are reduced or gathered at a time
 FLOOR = (0, 19, 8)  # what reads DeepSpeed's insides here was tried with it
 TORCH_FLOOR = (2, 11)
 KNOWN_BAD = [  # from, up to but not: what goes wrong there, newest first; issues of deepspeedai/DeepSpeed
@@ -67,7 +68,7 @@ class DeepSpeed(Computation):
         """See `Computation.compiles`. At stage 3 every module's hooks break the graph, so that little is gained."""
         return super().compiles(device) and (self.compile is not None or self.zero_stage < 3)
 
-    def deepspeed_config(self, clip_norm: float | None) -> dict[str, Any]:
+    def deepspeed_config(self, clip_norm: float | None, parameters: int) -> dict[str, Any]:
         """The dict that DeepSpeed is given. The loop owns accumulation, schedule, logging and checkpoints."""
         return {
             "train_micro_batch_size_per_gpu": 1,  # nominal: the loop feeds what it likes
@@ -80,17 +81,20 @@ class DeepSpeed(Computation):
             "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's, as without offload; DeepSpeed's needs a C++ compiler
-            "zero_optimization": self._zero_config(),
+            "zero_optimization": self._zero_config(parameters),
         }
 
-    def _zero_config(self) -> dict[str, Any]:
+    def _zero_config(self, parameters: int) -> dict[str, Any]:
         config: dict[str, Any] = {
             "stage": self.zero_stage,
             "round_robin_gradients": False,  # makes the fragment addresses wrong
             "memory_efficient_linear": False,  # stage 3 would replace torch's linear in the whole process
             "overlap_comm": False,
-            "reduce_bucket_size": 500_000_000,
-            "allgather_bucket_size": 500_000_000,
+            # At stage 1 gradients stay where backward left them: a hook per parameter and micro-batch, and two copies
+            # of all gradients, less.
+            "contiguous_gradients": self.zero_stage > 1,
+            "reduce_bucket_size": min(BUCKET, parameters),  # a buffer of so many is made in every backward pass
+            "allgather_bucket_size": BUCKET,
         }
         pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if self.offload.optimizer:
@@ -117,7 +121,7 @@ class ZeroEngine:
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.over(groups),
-            config=settings.deepspeed_config(optim.clip_norm),
+            config=settings.deepspeed_config(optim.clip_norm, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module

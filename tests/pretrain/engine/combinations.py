@@ -33,7 +33,7 @@ class Combination(NamedTuple):
 
     def settings(self) -> Torch | DeepSpeed:
         kind, stage = ("torch", 0) if self.engine == "torch" else ("deepspeed", int(self.engine[-1]))
-        more: dict[str, Any] = {"recompute": self.recompute, "loss": self.loss, "compile": False}
+        more: dict[str, Any] = {"recompute": self.recompute, "loss": self.loss}
         if kind == "deepspeed":
             more["offload"] = {"optimizer": self.offload != "nothing", "parameters": self.offload == "all"}
         return cases.settings(kind, self.precision, stage, **more)
