@@ -76,7 +76,8 @@ def batches(gpt: Gpt, rows: int = ROWS) -> list[Batch]:
     """A step's micro-batches of random tokens."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(gpt.vocab_size, (rows, gpt.context + 1), generator=generator)
-    return [NextToken().batch(part, torch.full((len(part),), gpt.context)) for part in tokens.split(MICRO_ROWS)]
+    made = [NextToken().batch(part, torch.full((len(part),), gpt.context)) for part in tokens.split(MICRO_ROWS)]
+    return [Batch(*(part.contiguous() for part in each if isinstance(part, Tensor))) for each in made]
 
 
 def ours(gpt: Gpt) -> nn.Module:

@@ -40,7 +40,7 @@ class Profile(Section):
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds by part of all steps together, and the operators (on a GPU kernels) that took most: name, seconds, calls."""
+    """Seconds by part of all steps, and the operators (on a GPU kernels) that took most: name, seconds, calls."""
 
     steps: int
     parts: dict[str, float]
