@@ -86,6 +86,19 @@ def first_losses(ranks: Ranks, rows: list[Combination]) -> dict[str, list[float]
     return found
 
 
+def graph_breaks(ranks: Ranks) -> dict[str, list[str]]:
+    """Why the forward pass and the loss of each engine are not one graph, by its name."""
+    found = {}
+    for stage in (0, 1, 2):
+        live = cases.make(ranks, cases.settings("deepspeed" if stage else "torch", "fp32", stage))
+        cases.train(ranks, live, range(1))
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(live.module)(*cases.batches(ranks, 0, 2)[0])
+        assert explained.graph_count > 0
+        found[f"zero{stage}" if stage else "torch"] = [str(reason.reason) for reason in explained.break_reasons]
+    return found
+
+
 def cross(ranks: Ranks, folder: Path) -> dict[str, tuple[str, list[float]]]:
     """What each loads that the one before saved, offloaded or not: by name the gathered state, and the next loss."""
     ways = [
