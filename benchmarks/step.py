@@ -7,7 +7,8 @@
 One shape, stated once: 11.6 M parameters in the proportions of GPT-2 124M (configs/model/gpt2-10m.yaml), 16,384 tokens
 per step in micro-batches of 4 rows of 512, fp32, AdamW (torch's fused kernel for all), clipping at 1.0, random tokens.
 All take a step in turn, in one process; the order turns with the round. Given is the median of each one's times, and
-the median over rounds of its speed over that of the torch engine in the same round.
+the median over rounds of its speed over that of the torch engine in the same round; also by CPU time, which with
+`--threads 1` other work on the machine disturbs little.
 
 nanoGPT (PATH: a checkout, or the bare repository of one) and litGPT (SITE-PACKAGES: pip install --target) are read at
 run time, with this shape, the same optimizer and no compilation. litGPT's has rotary positions and a tied output layer.
@@ -245,28 +246,37 @@ def ddp(gpt: Gpt, ranks: Ranks, fed: list[Batch]) -> Step:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def interleaved(subjects: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each one's steps, one per round; the first round is left out."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
+Times = dict[str, list[tuple[float, float]]]  # seconds by the clock and of CPU, one pair per round
+
+
+def interleaved(subjects: dict[str, Step], rounds: int) -> Times:
+    """What each one's steps took; the first round is left out."""
+    times: Times = {name: [] for name in subjects}
     names = list(subjects)
     for turn in range(rounds + 1):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            begun = time.perf_counter()
+            begun, spent = time.perf_counter(), time.process_time()
             subjects[name]()
             if turn:
-                times[name].append(time.perf_counter() - begun)
+                times[name].append((time.perf_counter() - begun, time.process_time() - spent))
+            print(f"round {turn}: {name} {time.process_time() - spent:.1f} s of CPU", file=sys.stderr, flush=True)
     return times
 
 
-def table(times: dict[str, list[float]], tokens: int, base: str) -> str:
-    """Medians, and speeds over that of `base` in the same round."""
-    lines = [f"| step | ms, median (least to most) | tokens/s | speed over {base} |", "|---|---:|---:|---:|"]
+def table(times: Times, tokens: int, base: str) -> str:
+    """Medians, and speeds over that of `base` in the same round, by the clock and by CPU time."""
+    lines = [
+        f"| step | ms, median (least to most) | tokens/s | over {base} | CPU ms, median | over {base}, by CPU |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        ratio = statistics.median(b / s for b, s in zip(times[base], seconds, strict=True))
-        spread = f"{1e3 * middle:.0f} ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})"
-        lines.append(f"| {name} | {spread} | {tokens / middle:,.0f} | {ratio:.3f} |")
+        clock, cpu = ([each[i] for each in seconds] for i in (0, 1))
+        ratios = [statistics.median(b[i] / s[i] for b, s in zip(times[base], seconds, strict=True)) for i in (0, 1)]
+        middle = statistics.median(clock)
+        spread = f"{1e3 * middle:.0f} ({1e3 * min(clock):.0f} to {1e3 * max(clock):.0f})"
+        by_cpu = f"{1e3 * statistics.median(cpu):.0f} | {ratios[1]:.3f}"
+        lines.append(f"| {name} | {spread} | {tokens / middle:,.0f} | {ratios[0]:.3f} | {by_cpu} |")
     return "\n".join(lines)
 
 
@@ -301,6 +311,7 @@ def alone(options: argparse.Namespace) -> str:
     """One process, all cores: the table of steps, or of causes."""
     gpt = shape(options.tiny)
     fed = batches(gpt)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks.join()
         settings = Torch(precision="fp32")
@@ -359,6 +370,7 @@ def main() -> None:
     """Measure, print, and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--litgpt", type=Path)
     parser.add_argument("--pair", action="store_true")
@@ -373,7 +385,7 @@ def main() -> None:
         gpt, what = shape(options.tiny), "pair" if options.pair else "profile" if options.profile else "steps"
         head = (
             f"`python -m benchmarks.step`, {what}: {gpt.parameter_count():,} parameters, {ROWS * gpt.context:,} tokens "
-            f"per step, fp32, torch {torch.__version__}, {os.cpu_count()} cores, {datetime.date.today()}."
+            f"per step, fp32, torch {torch.__version__}, {options.threads} threads, {datetime.date.today()}."
         )
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"step-{what}.md").write_text(f"{head}\n\n{text}\n")
