@@ -103,7 +103,11 @@ class Attempt:
         device, objective = self.ranks.device, self.run.objective
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         valid = torch.from_numpy(batch.valid).to(device, non_blocking=True)
-        batches = [objective.batch(t, v) for t, v in zip(tokens, valid, strict=True)]
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(device, non_blocking=True)
+        batches = [
+            objective.batch(tokens[i], valid[i], None if documents is None else documents[i])
+            for i in range(len(tokens))
+        ]
         for each in batches:
             spoil("train.batch", each.weights, batch.step)
         return batches

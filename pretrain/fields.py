@@ -54,7 +54,7 @@ CLASSES: dict[str, FieldClass] = {
 
 # Identity fields that came later, with their defaults. At its default such a field is no part of a run's identity, so
 # that what was written before it was there is still of the same run.
-ADDED: dict[str, object] = {"data.document_mask": False}
+ADDED: dict[str, object] = {"data.document_mask": False, "model.norm": "pre", "model.band": None}
 
 
 def field_class(path: str) -> FieldClass:

@@ -78,7 +78,16 @@ def test_flops_per_token_of_the_smallest_gpt2() -> None:
         ("heads=5", "model: width must be a multiple of heads, got width 128 and heads 5"),
         ("layers=0", "model.layers: input should be greater than 0, got 0"),
         ("dropout=1", "model.dropout: input should be less than 1, got 1.0"),
-        ("attention=[sparse]", "model.attention.0: expected 'dense', got 'sparse'"),
+        ("attention=[sparse]", "model.attention.0: expected 'dense' or 'banded', got 'sparse'"),
+        (
+            "attention=[dense, banded]",
+            "model: band is the width of banded layers: expected both or neither, got attention [dense, banded] and "
+            "band null",
+        ),
+        (
+            "band=256",
+            "model: band is the width of banded layers: expected both or neither, got attention [dense] and band 256",
+        ),
         ("attention=[]", "model: attention must name the kind of at least one layer, got []"),
         ("n_layer=3", "model.n_layer: unknown key; did you mean model.layers?"),
     ],
