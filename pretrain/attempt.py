@@ -23,6 +23,7 @@ from pretrain.evaluate import Abandoned, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.meter import Ledger, Meter, duration
+from pretrain.noise import Noise
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
 from pretrain.segments import Course
@@ -111,6 +112,10 @@ class Attempt:
         for each in batches:
             spoil("train.batch", each.weights, batch.step)
         return batches
+
+    def noise(self, step: int) -> Noise | None:
+        """The random numbers of a step; None where the model draws none."""
+        return Noise(self.run.seed, step, self.ranks.rank) if self.run.model.dropout else None
 
     def advance(self, batch: Batch) -> None:
         """The batch is consumed."""

@@ -31,6 +31,7 @@ CLASSES: dict[str, FieldClass] = {
     "data.prefetch_steps": "free",
     "data.open_blocks_mib": "free",
     "batch_tokens": "segment",
+    "batch_ramp": "segment",
     "micro_batch_seqs": "free",
     "train_tokens": "segment",
     "optim": "identity",

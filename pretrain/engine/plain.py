@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from configs import Bool, Section
 from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -59,11 +60,13 @@ class PlainEngine:
         self.optimizer = optim.over(groups)
         self.forward = torch.compile(model, dynamic=False) if settings.compile else model
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`."""
         self.gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.forward(*batch) / count
             loss.backward()

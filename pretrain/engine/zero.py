@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from configs import Bool, ConfigError, Int, Section
 from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -88,12 +89,14 @@ class ZeroEngine:
         if settings.compile:
             self.engine.compile(compile_kwargs={"dynamic": False})
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`. DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
         set_rates(self.engine.optimizer.param_groups, rates)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.engine(*batch)
             self.engine.backward(loss * (self.ranks.size / count))
