@@ -90,7 +90,8 @@ class Linear(_Decay):
 
 
 class WarmupStableDecay(_WarmUp):
-    """The peak, then a straight line down over the last `cooldown_tokens` of the training (MiniCPM, Hu et al. 2024)."""
+    """The peak (MiniCPM, Hu et al. 2024, section 4), then down over the last `cooldown_tokens` of the training; in a
+    straight line, as Hägele et al. 2024 (section 3) have it, where MiniCPM's falls exponentially."""
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     cooldown_tokens: Int = Field(gt=0)

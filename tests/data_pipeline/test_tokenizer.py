@@ -233,7 +233,7 @@ def test_pieces_never_change_gpt1s_ids(gpt1: Tokenizer) -> None:
     assert gpt1._cut is not None
     for text in probes():
         cut = list(pieces(text, 4, gpt1._cut))
-        whole = [id for id in gpt1._backend.encode(text, add_special_tokens=False).ids]
+        whole = gpt1._backend.encode(text, add_special_tokens=False).ids
         assert [id for part in cut for id in gpt1._backend.encode(part, add_special_tokens=False).ids] == whole
 
 

@@ -85,11 +85,17 @@ def test_logits_and_gradients_equal_theirs() -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_gpt1_as_released_gives_their_logits() -> None:
-    """The released model has no document mark: 40,478 rows."""
-    config = load(Gpt, CONFIGS / "model/gpt1.yaml", ["vocab_size=40478", "dropout=0"])
+def test_gpt1_as_released_has_their_parameters() -> None:
+    """The released model, which is their default, has no document mark: 40,478 rows."""
+    with torch.device("meta"):
+        theirs = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig())
+    count = load(Gpt, CONFIGS / "model/gpt1.yaml", ["vocab_size=40478"]).parameter_count()
+    assert count == sum(p.numel() for p in theirs.parameters()) == 116_534_784
+
+
+def test_gpt1_in_its_own_width_gives_their_logits() -> None:
+    config = load(Gpt, CONFIGS / "model/gpt1.yaml", ["layers=2", "dropout=0"])
     ours, theirs = pair(config)
-    assert sum(p.numel() for p in theirs.parameters()) == config.parameter_count() == 116_534_784
     tokens = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
