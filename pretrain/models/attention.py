@@ -6,7 +6,10 @@ What is not seen is not computed: a band or a document costs what it holds, not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,51 +20,44 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 
+@dataclass(frozen=True)
 class Seen:
-    """What the positions of a batch see: themselves and those before them, within a band and within their document.
+    """What the positions of a batch see: themselves and those before them, within a band and within their document."""
 
-    Made once for all layers that see alike. `band` counts the position itself; None: no limit. `documents` int [B, T]
-    says which document of its row each token is of, and never falls along a row; None: each row is one.
+    band: int | None = None  # counts the position itself; None: no limit
+    lengths: tuple[int, ...] | None = None  # of the documents, over all rows laid end to end; None: a row is one
+    block_mask: BlockMask | None = None  # the same for FlexAttention, where that computes it
+
+
+def see(rows: Tensor, band: int | None, documents: Tensor | None = None, flexible: bool = True) -> Seen:
+    """What the positions of `rows` [B, T] see, made once for all layers that see alike.
+
+    `documents` int [B, T] says which document of its row each token is of, and never falls along a row. FlexAttention
+    is for GPUs (it has no backward on the CPU), and for what is not `flexible` neither: it has no dropout. Without it,
+    documents are counted on the host, which waits for the device.
     """
-
-    def __init__(self, band: int | None = None, documents: Tensor | None = None) -> None:
-        self.band, self.documents = band, documents
-        self._lengths: list[int] | None = None
-        self._block_mask: BlockMask | None = None
-
-    def lengths(self) -> list[int]:
-        """The tokens of each document, over all rows laid end to end. Waits for the device."""
-        assert self.documents is not None
-        if self._lengths is None:
-            ends = torch.ones_like(self.documents, dtype=torch.bool)
-            ends[:, :-1] = self.documents[:, 1:] != self.documents[:, :-1]
-            places = torch.cat([torch.tensor([-1]), ends.flatten().nonzero().flatten().cpu()])
-            self._lengths = places.diff().tolist()
-        return self._lengths
-
-    def block_mask(self, length: int, device: torch.device) -> BlockMask:
-        """The blocks of FlexAttention that hold anything seen."""
-        if self._block_mask is None:
-            make = _block_mask if self.documents is not None else _remembered_block_mask
-            self._block_mask = make(self.band, self.documents, length, device)
-        return self._block_mask
+    masked = documents is not None or (band is not None and band < rows.size(1))
+    if flexible and rows.is_cuda and masked:
+        make = _block_mask if documents is not None else _remembered_block_mask
+        return Seen(band, block_mask=make(band, documents, rows.size(1), rows.device))
+    return Seen(band, None if documents is None else document_lengths(documents))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float = 0.0) -> Tensor:
     """Attention to what is seen: q [B, H, T, D]; k, v [B, H, S, D] -> [B, H, T, D].
 
-    With S > T the queries are the last T of the S positions, or of the last S: what a band leaves out may be missing.
+    With S > T the queries are the last T of the S positions; those that the band leaves out may be missing.
     """
     queries, keys = q.size(-2), k.size(-2)
     if queries < keys:
-        assert seen.documents is None, "the past is of one document"
         return _after_past(q, k, v, seen.band, dropout)
-    band = None if seen.band is None or seen.band >= keys else seen.band
-    if q.is_cuda and not dropout and (band is not None or seen.documents is not None):
-        return _flexible(q, k, v, seen)
-    if seen.documents is not None:
-        return _within_documents(q, k, v, seen, dropout)
-    return dense(q, k, v, dropout) if band is None else banded(q, k, v, band, dropout)
+    if seen.block_mask is not None:
+        return _flexible(q, k, v, seen.block_mask)
+    if seen.lengths is not None:
+        return _within_documents(q, k, v, seen.lengths, seen.band, dropout)
+    if seen.band is not None and seen.band < keys:
+        return banded(q, k, v, seen.band, dropout)
+    return dense(q, k, v, dropout)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -98,18 +94,20 @@ def _after_past(q: Tensor, k: Tensor, v: Tensor, band: int | None, dropout: floa
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # its shapes are the documents', other ones in every batch
-def _within_documents(q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: float) -> Tensor:
+def _within_documents(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], band: int | None, dropout: float
+) -> Tensor:
     """Each document by itself, all rows laid end to end."""
-    batch, lengths = q.size(0), seen.lengths()
-    pieces = (x.transpose(0, 1).flatten(1, 2).split(lengths, dim=1) for x in (q, k, v))  # [H, L, D] each
-    within = Seen(seen.band)
-    done = [attend(q_[None], k_[None], v_[None], within, dropout)[0] for q_, k_, v_ in zip(*pieces, strict=True)]
+    batch = q.size(0)
+    pieces = (x.transpose(0, 1).flatten(1, 2).split(list(lengths), dim=1) for x in (q, k, v))  # [H, L, D] each
+    one = Seen(band)
+    done = [attend(q_[None], k_[None], v_[None], one, dropout)[0] for q_, k_, v_ in zip(*pieces, strict=True)]
     return torch.cat(done, dim=1).unflatten(1, (batch, -1)).transpose(0, 1)
 
 
-def _flexible(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def _flexible(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     """FlexAttention (Dong et al. 2024), which skips blocks of 128 x 128 of which nothing is seen."""
-    y: Tensor = _flex_attention()(q, k, v, block_mask=seen.block_mask(q.size(-2), q.device))
+    y: Tensor = _flex_attention()(q, k, v, block_mask=block_mask)
     return y
 
 
@@ -158,6 +156,15 @@ class Past:
         forgotten = 0 if self.band is None else max(k.size(-2) - (self.band - 1), 0)
         self._pair = k[:, :, forgotten:], v[:, :, forgotten:]
         return k, v
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def document_lengths(documents: Tensor) -> tuple[int, ...]:
+    """The tokens of each document of int [B, T] document numbers, over all rows laid end to end."""
+    ends = torch.ones_like(documents, dtype=torch.bool)
+    ends[:, :-1] = documents[:, 1:] != documents[:, :-1]
+    places = [-1, *ends.flatten().nonzero().flatten().tolist()]
+    return tuple(end - before for before, end in pairwise(places))
 
 
 def positions_within(documents: Tensor) -> Tensor:

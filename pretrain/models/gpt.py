@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs import Bool, Float, Int, Section
-from pretrain.models.attention import Past, Seen, attend, positions_within
+from pretrain.models.attention import Past, Seen, attend, positions_within, see
 
 
 class Gpt(Section):
@@ -179,7 +179,8 @@ class GPT(nn.Module):
             assert past is None, "a past is of one document"
             positions = positions_within(documents)
         x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # [B, T, C]
-        seen = {band: Seen(band, documents) for band in self.config.bands}
+        flexible = past is None and not (self.training and self.config.dropout)
+        seen = {band: see(tokens, band, documents, flexible) for band in set(self.config.bands)}
         for layer, (band, block) in enumerate(zip(self.config.bands, self.blocks, strict=True)):
             x = block(x, seen[band], past[layer] if past else None)
         logits: Tensor = self.lm_head(self.norm(x))

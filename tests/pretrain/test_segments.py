@@ -408,10 +408,10 @@ def test_a_ramp_goes_on_across_amendments(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["start_tokens=63"], "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 640, got 63"),
+        (["start_tokens=63"], "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 63"),
         (
-            ["start_tokens=641"],
-            "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 640, got 641",
+            ["start_tokens=646"],
+            "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 646",
         ),
         (
             ["start_tokens=128", "increment_tokens=10"],
