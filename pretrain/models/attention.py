@@ -66,7 +66,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, band: int, dropout: float = 0.0) -> Tensor:
-    """Every position sees itself and the band - 1 before it (Child et al. 2019, section 4.2, its local half).
+    """Every position sees itself and the band - 1 before it (Child et al. 2019, section 4.3, its local half).
 
     The positions are cut into blocks of `band`; the queries of a block see no further than the block before. So a query
     costs 2 band keys, not T. q, k, v [B, H, T, D] -> [B, H, T, D].
