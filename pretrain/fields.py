@@ -44,6 +44,7 @@ CLASSES: dict[str, FieldClass] = {
     "checkpoint": "free",
     "guard": "free",
     "preflight": "free",
+    "profile": "free",
     "track": "free",
     "resume": "free",
     "fork_from": "free",  # once begun, another one is refused (pretrain.parent.check_same_parent)

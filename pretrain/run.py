@@ -20,6 +20,7 @@ from pretrain.models import Model
 from pretrain.objectives import NextToken, Objective
 from pretrain.optim import Optim
 from pretrain.preflight import Preflight
+from pretrain.profile import Profile
 from pretrain.schedule import BatchRamp, Schedule, step_pieces
 from pretrain.track import Track
 
@@ -51,6 +52,7 @@ class TrainRun(Section):
     checkpoint: Checkpoints = Checkpoints()
     guard: Guard = Guard()
     preflight: Preflight = Preflight()
+    profile: Profile = Profile()
     track: tuple[Track, ...] = ()
     resume: str = "auto"  # auto, never, must, or the path of a checkpoint
     fork_from: Annotated[str, AfterValidator(_absolute)] | None = None  # RUN@step: a new run with its training state

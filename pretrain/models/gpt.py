@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from configs import Bool, Float, Int, Section
 from pretrain.models.attention import Past, Seen, attend, positions_within, see
+from pretrain.models.loss import Head
 
 
 class Gpt(Section):
@@ -133,9 +134,11 @@ class Block(nn.Module):
         """[B, T, C] -> [B, T, C]."""
         if self.norm_first:
             x = x + self.dropout(self.attention(self.norm_attention(x), seen, past))
-            return x + self.dropout(self.mlp(self.norm_mlp(x)))  # type: ignore[no-any-return]
-        x = self.norm_attention(x + self.dropout(self.attention(x, seen, past)))
-        return self.norm_mlp(x + self.dropout(self.mlp(x)))  # type: ignore[no-any-return]
+            y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        else:
+            x = self.norm_attention(x + self.dropout(self.attention(x, seen, past)))
+            y = self.norm_mlp(x + self.dropout(self.mlp(x)))
+        return y
 
 
 class GPT(nn.Module):
@@ -152,7 +155,7 @@ class GPT(nn.Module):
             self.norm: nn.Module = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
         else:
             self.norm = nn.Identity()
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = Head(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -183,11 +186,8 @@ class GPT(nn.Module):
         seen = {band: see(tokens, band, documents, flexible) for band in set(self.config.bands)}
         for layer, (band, block) in enumerate(zip(self.config.bands, self.blocks, strict=True)):
             x = block(x, seen[band], past[layer] if past else None)
-        logits: Tensor = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits
-        assert weights is not None
-        return weighted_loss(logits, targets, weights)
+        result: Tensor = self.lm_head(self.norm(x), targets, weights)
+        return result
 
     def new_past(self) -> list[Past]:
         """An empty memory for `forward`, one part per layer."""
@@ -201,12 +201,6 @@ class GPT(nn.Module):
         """
         scaled = self.config.norm == "pre" and name.endswith("project.weight")
         return 0.02 / math.sqrt(2 * self.config.layers) if scaled else 0.02
-
-
-def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
 
 
 def _dropout(config: Gpt) -> nn.Module:

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from configs import CONFIGS, ConfigError, Section, dump, load
 from pretrain.models import Model
-from pretrain.models.gpt import GPT, Gpt, weighted_loss
+from pretrain.models.gpt import GPT, Gpt
+from pretrain.models.loss import weighted_loss
 from pretrain.models.weights import initialize
 
 TINY = Gpt(layers=3, width=48, heads=4, context=32, vocab_size=101)
