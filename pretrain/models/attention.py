@@ -93,7 +93,12 @@ def _after_past(q: Tensor, k: Tensor, v: Tensor, band: int | None, dropout: floa
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its shapes are the documents', other ones in every batch
+# Left out of compiled models, since its shapes are the documents', other ones in every batch. torch.compiler.disable
+# does the same and imports the compiler at once, for 2 s of every start.
+_uncompiled = torch._disable_dynamo
+
+
+@_uncompiled
 def _within_documents(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], band: int | None, dropout: float
 ) -> Tensor:
@@ -158,7 +163,7 @@ class Past:
         return k, v
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_uncompiled
 def document_lengths(documents: Tensor) -> tuple[int, ...]:
     """The tokens of each document of int [B, T] document numbers, over all rows laid end to end."""
     ends = torch.ones_like(documents, dtype=torch.bool)
