@@ -78,7 +78,7 @@ def batches(gpt: Gpt, rows: int = ROWS) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(gpt.vocab_size, (rows, gpt.context + 1), generator=generator)
     made = [NextToken().batch(part, torch.full((len(part),), gpt.context)) for part in tokens.split(MICRO_ROWS)]
-    return [Batch(*(part.contiguous() for part in each if isinstance(part, Tensor))) for each in made]
+    return [each._replace(inputs=each.inputs.contiguous(), targets=each.targets.contiguous()) for each in made]
 
 
 def ours(gpt: Gpt) -> nn.Module:
@@ -201,7 +201,8 @@ def whole_loop(gpt: Gpt, ranks: Ranks, folder: Path) -> Step:
             tokens = attempt.course.tokens(batch.step + 1)
             now = attempt.course.at(batch.step)
             rates = now.optim.rates(now.schedule.factor(tokens, now.train_tokens))
-            outcome = attempt.engine.step(attempt.feed(batch), int(tokens - attempt.course.tokens(batch.step)), rates)
+            count = int(tokens - attempt.course.tokens(batch.step))
+            outcome = attempt.engine.step(attempt.feed(batch), count, rates, attempt.noise(batch.step))
             attempt.advance(batch)
             attempt.post(outcome, rates.lr, time.perf_counter() - begun, waited)
             attempt.judge(batch, outcome)

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, field_validator
 
-from configs import ConfigError, Float, Int, Section
+from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.order import Order, Pool, Skips, Steps, cut, digest
 from data_pipeline.shards import Manifest, ShardError, Shards, Tokens
 
@@ -45,6 +45,7 @@ class Data(Section):
     on_exhausted: Literal["refuse", "stop", "reweight"] = "refuse"
     lanes: Int | None = Field(default=None, gt=0, le=512)
     group_blocks: Int = Field(default=8, gt=0)
+    document_mask: Bool = False  # a token sees those of its own document only
     read_threads: Int = Field(default=1, gt=0)
     prefetch_steps: Int = Field(default=2, gt=0)
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
@@ -131,6 +132,19 @@ class Batch:
     tokens: npt.NDArray[np.int64]  # (micro_steps, rows, T + 1); filler rows are 0
     valid: npt.NDArray[np.int64]  # (micro_steps, rows): targets that count in each row, T or 0
     digest: int  # of this rank's samples with weight above 0
+    documents: npt.NDArray[np.int32] | None = None  # (micro_steps, rows, T), see `document_numbers`; with document_mask
+
+
+def document_numbers(starts: npt.NDArray[np.int64], begin: int, length: int) -> npt.NDArray[np.int32]:
+    """Which document of its row each of `length` tokens is of: int32 (length,), 0 at first, never less than before it.
+
+    `starts` are the places in the block at which documents begin, `begin` is the row's. A document's <|endoftext|> is
+    part of it. Cumulative lengths and positions that begin again at every document follow from these.
+    """
+    numbers = np.zeros(length, np.int32)
+    numbers[starts[(starts > begin) & (starts < begin + length)] - begin] = 1
+    np.cumsum(numbers, out=numbers)
+    return numbers
 
 
 class Stream:
@@ -171,14 +185,19 @@ class Stream:
         shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
         tokens = np.zeros((shape[0] * shape[1], length + 1), np.int64)
         valid = np.zeros(shape[0] * shape[1], np.int64)
+        documents = np.zeros((len(tokens), length), np.int32) if self.data.document_mask else None
         fed = ~self.skips.mask(samples)
         where = self.order.locate(samples)
         for i, (pool, block, row) in enumerate(zip(where.pool, where.block, where.row, strict=True)):
             ids = self.open_blocks.read(int(pool), int(block))
             tokens[i] = ids[row * length : row * length + length + 1]
+            if documents is not None:
+                starts = self.open_blocks.starts(int(pool), int(block))
+                documents[i] = document_numbers(starts, int(row) * length, length)
         valid[: len(samples)] = np.where(fed, length, 0)
         share = digest(samples[fed], tokens[: len(samples)][fed])
-        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), share)
+        documents = None if documents is None else documents.reshape(*shape, length)
+        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), share, documents)
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""
@@ -203,6 +222,7 @@ class _OpenBlocks:
     def __init__(self, shards: Sequence[Shards], capacity: int) -> None:
         self.shards, self.capacity = shards, capacity
         self.blocks: OrderedDict[tuple[int, int], Tokens] = OrderedDict()
+        self.documents: OrderedDict[tuple[int, int], npt.NDArray[np.int64]] = OrderedDict()
         self.lock = threading.Lock()
 
     def read(self, pool: int, block: int) -> Tokens:
@@ -215,12 +235,33 @@ class _OpenBlocks:
             self.blocks[(pool, block)] = ids
             return ids
 
+    def starts(self, pool: int, block: int) -> npt.NDArray[np.int64]:
+        """Where documents begin in a block; the first entry is that of the one open at its first token."""
+        with self.lock:
+            starts = self.documents.pop((pool, block), None)
+            if starts is None:
+                starts = self.shards[pool].documents(*self.shards[pool].locate(block))[:, 1]
+                while len(self.documents) >= self.capacity:
+                    self.documents.popitem(last=False)
+            self.documents[(pool, block)] = starts
+            return starts
+
+
+class Rows(NamedTuple):
+    """A batch of validation rows."""
+
+    tokens: npt.NDArray[np.int64]  # (rows, T + 1)
+    valid: npt.NDArray[np.int64]  # (rows,): targets that count
+    documents: npt.NDArray[np.int32] | None  # (rows, T), as in Batch
+
 
 class Validation:
     """A corpus' validation rows in plain order: blocks, then their shard's tail, shard by shard."""
 
-    def __init__(self, manifest: Manifest, generations: int, seq_tokens: int, max_tokens: int) -> None:
-        self.seq_tokens = seq_tokens
+    def __init__(
+        self, manifest: Manifest, generations: int, seq_tokens: int, max_tokens: int, document_mask: bool = False
+    ) -> None:
+        self.seq_tokens, self.document_mask = seq_tokens, document_mask
         self.rows: list[tuple[Shards, int, int, int, int]] = []  # shards, shard, row in it, first token, valid targets
         self.tokens = 0
         for generation in range(generations):
@@ -244,22 +285,24 @@ class Validation:
             self.rows.append((shards, shard, row, begin, valid))
             self.tokens += valid
 
-    def batches(
-        self, rows: int, rank: int, ranks: int
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """(tokens (rows, T + 1), valid (rows,)): equally many batches on every rank, filled up with rows of valid 0."""
-        held: tuple[tuple[Any, ...], Tokens] | None = None
+    def batches(self, rows: int, rank: int, ranks: int) -> Iterator[Rows]:
+        """Equally many batches on every rank, filled up with rows of valid 0."""
+        held: tuple[tuple[Any, ...], Tokens, Any] | None = None
         for begin in range(0, len(self.rows), rows * ranks):
             tokens = np.zeros((rows, self.seq_tokens + 1), np.int64)
             valid = np.zeros(rows, np.int64)
+            documents = np.zeros((rows, self.seq_tokens), np.int32) if self.document_mask else None
             for i, (shards, shard, row, first, count) in enumerate(
                 self.rows[begin + rank : begin + rows * ranks : ranks]
             ):
                 if held is None or held[0] != (id(shards), shard, row):
-                    held = ((id(shards), shard, row), shards.member(shard, row))
+                    starts = shards.documents(shard, row)[:, 1] if self.document_mask else None
+                    held = ((id(shards), shard, row), shards.member(shard, row), starts)
                 tokens[i, : count + 1] = held[1][first : first + count + 1]
                 valid[i] = count
-            yield tokens, valid
+                if documents is not None:
+                    documents[i] = document_numbers(held[2], first, self.seq_tokens)
+            yield Rows(tokens, valid, documents)
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

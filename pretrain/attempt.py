@@ -23,6 +23,7 @@ from pretrain.evaluate import Abandoned, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.meter import Ledger, Meter, duration
+from pretrain.noise import Noise
 from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
@@ -105,7 +106,11 @@ class Attempt:
         device, objective = self.ranks.device, self.run.objective
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         valid = torch.from_numpy(batch.valid).to(device, non_blocking=True)
-        batches = [objective.batch(t, v) for t, v in zip(tokens, valid, strict=True)]
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(device, non_blocking=True)
+        batches = [
+            objective.batch(tokens[i], valid[i], None if documents is None else documents[i])
+            for i in range(len(tokens))
+        ]
         for each in batches:
             spoil("train.batch", each.weights, batch.step)
         return batches
@@ -116,6 +121,10 @@ class Attempt:
         if path is not None:
             print(path.read_text(encoding="utf-8"), flush=True)
             log.info("profile: %s", path)
+
+    def noise(self, step: int) -> Noise | None:
+        """The random numbers of a step; None where the model draws none."""
+        return Noise(self.run.seed, step, self.ranks.rank) if self.run.model.dropout else None
 
     def advance(self, batch: Batch) -> None:
         """The batch is consumed."""

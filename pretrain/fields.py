@@ -23,6 +23,7 @@ CLASSES: dict[str, FieldClass] = {
     "data.seq_tokens": "identity",
     "data.lanes": "identity",
     "data.group_blocks": "identity",
+    "data.document_mask": "identity",
     "data.sources.*": "segment",
     "data.sources.*.shards": "free",  # what they hold is identity: the hash of their manifests
     "data.on_exhausted": "segment",
@@ -30,6 +31,7 @@ CLASSES: dict[str, FieldClass] = {
     "data.prefetch_steps": "free",
     "data.open_blocks_mib": "free",
     "batch_tokens": "segment",
+    "batch_ramp": "segment",
     "micro_batch_seqs": "free",
     "train_tokens": "segment",
     "optim": "identity",
@@ -51,6 +53,10 @@ CLASSES: dict[str, FieldClass] = {
     "log_every_steps": "free",
     "stop_at_step": "free",
 }
+
+# Identity fields that came later, with their defaults. At its default such a field is no part of a run's identity, so
+# that what was written before it was there is still of the same run.
+ADDED: dict[str, object] = {"data.document_mask": False, "model.norm": "pre", "model.band": None}
 
 
 def field_class(path: str) -> FieldClass:

@@ -14,14 +14,14 @@ from data_pipeline.stream import Data
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import EngineSettings
 from pretrain.evaluate import Evaluation
-from pretrain.fields import field_class
+from pretrain.fields import ADDED, field_class
 from pretrain.guard import Guard
 from pretrain.models import Model
 from pretrain.objectives import NextToken, Objective
 from pretrain.optim import Optim
 from pretrain.preflight import Preflight
 from pretrain.profile import Profile
-from pretrain.schedule import Schedule
+from pretrain.schedule import BatchRamp, Schedule, step_pieces
 from pretrain.track import Track
 
 
@@ -42,6 +42,7 @@ class TrainRun(Section):
     objective: Objective = NextToken()
     data: Data
     batch_tokens: Int = Field(gt=0)
+    batch_ramp: BatchRamp | None = None  # null: batch_tokens from the first step on
     micro_batch_seqs: Int = Field(gt=0)
     train_tokens: Int = Field(gt=0)
     optim: Optim
@@ -66,6 +67,18 @@ class TrainRun(Section):
             raise ValueError(
                 f"batch_tokens: {self.batch_tokens} is less than one sequence of data.seq_tokens {self.data.seq_tokens}"
             )
+        if self.batch_ramp is not None:
+            ramp, seq = self.batch_ramp, self.data.seq_tokens
+            if not seq <= ramp.start_tokens <= self.batch_tokens:
+                raise ValueError(
+                    f"batch_ramp.start_tokens: expected from data.seq_tokens {seq} to batch_tokens "
+                    f"{self.batch_tokens}, got {ramp.start_tokens}"
+                )
+            if ramp.increment_tokens is not None and ramp.increment_tokens < seq:
+                raise ValueError(
+                    f"batch_ramp.increment_tokens: {ramp.increment_tokens} is less than one sequence of "
+                    f"data.seq_tokens {seq}"
+                )
         if self.data.seq_tokens > self.model.context:
             raise ValueError(
                 f"data.seq_tokens: {self.data.seq_tokens} is longer than model.context {self.model.context}"
@@ -86,13 +99,23 @@ class TrainRun(Section):
 
     @property
     def batch_seqs(self) -> int:
-        """Sequences per step: `batch_tokens` rounded down to whole ones."""
+        """Sequences per step, once a ramp is over: `batch_tokens` rounded down to whole ones."""
         return self.batch_tokens // self.data.seq_tokens
+
+    def step_pieces(self, from_sample: int) -> list[tuple[int, int]]:
+        """(sample, sequences per step) from `from_sample` on, where a step begins."""
+        if self.batch_ramp is None:
+            return [(from_sample, self.batch_seqs)]
+        return step_pieces(self.batch_ramp.stages(self.data.seq_tokens, self.batch_seqs), from_sample)
 
     def identity(self) -> dict[str, Any]:
         """The fields that a resume may not change, by dotted path."""
         flat = configs.flatten(self.model_dump(mode="json"))
-        return {path: value for path, value in flat.items() if field_class(path) == "identity"}
+        return {
+            path: value
+            for path, value in flat.items()
+            if field_class(path) == "identity" and not (path in ADDED and value == ADDED[path])
+        }
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:

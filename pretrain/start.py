@@ -136,7 +136,9 @@ def begin(
         run.micro_batch_seqs, ranks.rank, ranks.size,
     )  # fmt: skip
     validation = {
-        name: Validation(course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens)
+        name: Validation(
+            course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens, run.data.document_mask
+        )
         for name, count in course.record.generations.items()
     }
     past = ranks.first(lambda: _past(run, position.step))

@@ -19,6 +19,7 @@ from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
 from pretrain.models.loss import loss_plan, plan_losses
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -67,16 +68,18 @@ class PlainEngine:
         self.optimizer = optim.over(groups)
         self.forward = torch.compile(model, dynamic=False) if settings.compiles(ranks.device) else model
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
         set_rates(self.optimizer.param_groups, rates)
-        return until_applied(self.scale, lambda: self._attempt(batches, count), self.ranks)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
 
-    def _attempt(self, batches: Sequence[Batch], count: int) -> Outcome:
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
         self.gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
         scale = 1.0 if self.scale is None else self.scale.scale
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.forward(*batch) / count
             with self.timer.part("backward"):

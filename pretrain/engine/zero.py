@@ -23,6 +23,7 @@ from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation, Offload
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
 from pretrain.models.loss import loss_plan, plan_losses
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
@@ -130,18 +131,20 @@ class ZeroEngine:
         if settings.compiles(ranks.device):
             self.engine.compile(compile_kwargs={"dynamic": False})
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
         set_rates(self.engine.optimizer.param_groups, rates)
-        return until_applied(self.scale, lambda: self._attempt(batches, count), self.ranks)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
 
-    def _attempt(self, batches: Sequence[Batch], count: int) -> Outcome:
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
         """DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.cur_scale = self.scale.scale
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.engine(*batch)
             with self.timer.part("backward"):

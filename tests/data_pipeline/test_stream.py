@@ -121,6 +121,40 @@ def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder:
         assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
 
 
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def numbers_by_marks(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Documents told apart by their <|endoftext|>, which random documents do not hold elsewhere."""
+    ends = tokens[..., :-1] == FORMAT.end_of_text
+    return np.cumsum(ends, axis=-1) - ends
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_masked_run_is_told_where_documents_begin(ranks: int, plan: Plan) -> None:
+    for rank in range(ranks):
+        masked, plain = (plan.stream(3, rank, ranks, document_mask=mask) for mask in (True, False))
+        masked.open_blocks.capacity = 2
+        for step in range(STEPS):
+            batch, without = masked.batch(step), plain.batch(step)
+            assert same(batch, without) and without.documents is None
+            assert batch.documents is not None and batch.documents.dtype == np.int32
+            assert np.array_equal(batch.documents, numbers_by_marks(batch.tokens))
+            assert batch.documents[batch.valid == 0].sum() == 0
+        assert len(masked.open_blocks.documents) <= 2
+
+
+def test_masked_validation_is_told_where_documents_begin(plan: Plan) -> None:
+    validation = Validation(plan.corpora.manifests["alpha"], 1, T, 10**9, document_mask=True)
+    most = 0
+    for tokens, valid, documents in validation.batches(4, 0, 1):
+        assert documents is not None
+        for row, count, numbers in zip(tokens, valid.tolist(), documents, strict=True):
+            assert np.array_equal(numbers[:count], numbers_by_marks(row)[:count])
+            most = max(most, *numbers.tolist())
+    assert most > 1
+
+
 # --- how it comes -----------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +261,8 @@ def validation_rows(validation: Validation, rows: int = 1, ranks: int = 1) -> li
     found = []
     for batches in zip(*by_rank, strict=True):
         for i in range(rows):
-            for tokens, valid in batches:
+            for tokens, valid, documents in batches:
+                assert documents is None
                 assert tokens.shape == (rows, T + 1)
                 assert not tokens[i, valid[i] + 1 :].any()
                 if valid[i]:

@@ -142,6 +142,12 @@ def test_shards_may_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
     assert plan_course(moved, begun(run)).order.identity == plan_course(run, begun(run)).order.identity
 
 
+def test_a_later_field_at_its_default_is_no_part_of_the_identity(folder: Path) -> None:
+    """Checkpoints written before it was there are of the same run."""
+    assert "data.document_mask" not in run_of(folder).identity()
+    assert run_of(folder, "data.document_mask=true").identity()["data.document_mask"] is True
+
+
 # --- epochs -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +253,10 @@ def test_a_limit_lowered_below_what_was_drawn(folder: Path) -> None:
         ("model.layers=3", "model.layers: 2 -> 3: cannot be amended: it is part of what this run is"),
         ("data.seq_tokens=32", "data.seq_tokens: 64 -> 32: cannot be amended: it is part of what this run is"),
         ("data.lanes=4", "data.lanes: None -> 4: cannot be amended: it is part of what this run is"),
+        (
+            "data.document_mask=true",
+            "data.document_mask: False -> True: cannot be amended: it is part of what this run is",
+        ),
         ("engine.precision=bf16", "engine.precision: fp32 -> bf16: cannot be amended: it is part of what this run is"),
         ("micro_batch_seqs=5", "micro_batch_seqs: 3 -> 5: cannot be amended: it may be given at any start instead"),
         (
@@ -371,6 +381,47 @@ def test_a_batch_size_amended_in_mid_run(folder: Path) -> None:
     assert course.tokens(course.end_step) == 300 * T
     # what is no matter of the data leaves them as they were, before and after
     assert drawn(course, 0, 300) == drawn(plan_course(run, begun(run)), 0, 300)
+
+
+def test_a_batch_that_grows(folder: Path) -> None:
+    run = run_of(folder, f"batch_ramp.start_tokens={2 * T}", f"batch_ramp.over_tokens={80 * T}")
+    course = plan_course(run, begun(run))
+    assert course.steps.pieces == [(0, 2), (20, 4), (40, 6), (64, 8), (80, 10)]
+    assert course.end_step == 10 + 5 + 4 + 2 + 32
+    assert course.tokens(course.end_step) == 400 * T
+    assert course.order.lanes == 8  # of the batch that most steps have
+    plain = run_of(folder)
+    assert drawn(course, 0, 300) == drawn(plan_course(plain, begun(plain)), 0, 300)
+
+
+def test_a_ramp_goes_on_across_amendments(folder: Path) -> None:
+    run = run_of(folder, f"batch_ramp.start_tokens={2 * T}", f"batch_ramp.over_tokens={80 * T}")
+    records = amended(run, begun(run), 32, "optim.lr_peak=1e-4")  # in the second stage
+    pieces = [(0, 2), (20, 4), (32, 4), (40, 6), (64, 8), (80, 10)]
+    assert plan_course(run, records).steps.pieces == pieces
+    records = amended(run, records, 64, f"batch_ramp.over_tokens={160 * T}")
+    assert plan_course(run, records).steps.pieces == [*pieces[:4], (64, 4), (80, 6), (122, 8), (162, 10)]
+    records = amended(run, records, 80, "batch_ramp=null")
+    assert plan_course(run, records).steps.pieces == [*pieces[:4], (64, 4), (80, 10)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_tokens=63"], "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 63"),
+        (
+            ["start_tokens=646"],
+            "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 646",
+        ),
+        (
+            ["start_tokens=128", "increment_tokens=10"],
+            "batch_ramp.increment_tokens: 10 is less than one sequence of data.seq_tokens 64",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_ramp_is_said(overrides: list[str], message: str, folder: Path) -> None:
+    given = ["batch_ramp.over_tokens=1e4", *(f"batch_ramp.{override}" for override in overrides)]
+    assert refused(lambda: run_of(folder, *given)).endswith(message)
 
 
 def test_two_amendments_of_one_sample_are_one(folder: Path) -> None:
