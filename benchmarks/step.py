@@ -27,7 +27,9 @@ import sys
 import tempfile
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from data_pipeline.document import Document
 from data_pipeline.shards import Format, SealedSlice, SliceWriter, file_hash, seal
 from data_pipeline.stream import timed
 from pretrain.engine.plain import Torch
+from pretrain.engine.state import StepTimer
 from pretrain.engine.zero import DeepSpeed
 from pretrain.guard import StopSignals
 from pretrain.meter import Startup
@@ -49,7 +52,6 @@ from pretrain.models.gpt import Gpt
 from pretrain.models.weights import initialize
 from pretrain.objectives import Batch, NextToken
 from pretrain.optim import AdamW
-from pretrain.profile import Breakdown, breakdown
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
 from pretrain.start import begin
@@ -281,30 +283,62 @@ def table(times: Times, tokens: int, base: str) -> str:
     return "\n".join(lines)
 
 
-def profiled(step: Step, steps: int = 2) -> Breakdown:
-    """Where the steps of an engine go."""
-    step()
+class PartTimer(StepTimer):
+    """Adds up the CPU time of each part of an engine's steps."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.spent: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """See `StepTimer.part`."""
+        begun = time.process_time()
+        yield
+        self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - begun
+
+
+def operators(step: Step) -> Counter[str]:
+    """How often a step calls each of torch's operators."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        begun = time.perf_counter()
-        for _ in range(steps):
-            step()
-        whole = time.perf_counter() - begun
-    return breakdown(profile.events() or [], steps, whole, waited=0.0, top=10**6)
+        step()
+    return Counter(event.name for event in profile.events() or [] if event.name.startswith("aten::"))
 
 
-def causes(plain: Breakdown, zero: Breakdown) -> str:
-    """What DeepSpeed adds to the torch engine's step, by part and by operator."""
-    lines = ["| part | torch engine ms | ZeRO-1 ms | added ms |", "|---|---:|---:|---:|"]
-    for part, seconds in plain.parts.items():
-        a, b = 1e3 * seconds / plain.steps, 1e3 * zero.parts[part] / zero.steps
-        lines.append(f"| {part} | {a:.1f} | {b:.1f} | {b - a:+.1f} |")
-    before = {name: (s / plain.steps, n / plain.steps) for name, s, n in plain.operators}
-    after = {name: (s / zero.steps, n / zero.steps) for name, s, n in zero.operators}
-    added = {n: 1e3 * (after.get(n, (0, 0))[0] - before.get(n, (0, 0))[0]) for n in {*before, *after}}
-    lines += ["", "| operator | added ms per step | calls, torch engine | calls, ZeRO-1 |", "|---|---:|---:|---:|"]
-    for name in sorted(added, key=lambda n: -added[n])[:12]:
-        calls = [each.get(name, (0, 0))[1] for each in (before, after)]
-        lines.append(f"| {name} | {added[name]:+.1f} | {calls[0]:.0f} | {calls[1]:.0f} |")
+def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
+    """DeepSpeed's own cost by part and by operator: what a step costs beyond the torch engine's.
+
+    It depends on parameters and micro-batches, hardly on tokens; so these are few, that the rest may not drown it.
+    """
+    fed = [Batch(*(part[:1, :16] for part in batch[:3])) for batch in batches(gpt)]
+    kinds = {
+        "torch engine": Torch(precision="fp32"),
+        "ZeRO-1": zero(),
+        "ZeRO-1, DeepSpeed's buffers": zero(Defaults),
+    }
+    made: dict[str, Any] = {name: kind.build(ours(gpt), OPTIM, ranks) for name, kind in kinds.items()}
+    steps: dict[str, Step] = {n: partial(e.step, fed, 16 * len(fed), OPTIM.rates(1.0)) for n, e in made.items()}
+    spent: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+    for turn in range(rounds + 1):
+        for name, engine_ in made.items():
+            engine_.timer = PartTimer()
+            begun = time.process_time()
+            steps[name]()
+            whole = time.process_time() - begun
+            parts = dict(engine_.timer.spent)
+            parts["whole step"] = whole
+            if turn:
+                spent[name].append(parts)
+    middle = {n: {p: 1e3 * statistics.median(r[p] for r in rows) for p in rows[0]} for n, rows in spent.items()}
+    names, base = list(made), middle["torch engine"]
+    lines = [f"| CPU ms of {len(fed)} micro-batches of 16 tokens | {' | '.join(names)} |", "|---|---:|---:|---:|"]
+    for part in base:
+        cells = [f"{middle[n].get(part, 0.0):.1f} ({middle[n].get(part, 0.0) - base[part]:+.1f})" for n in names[1:]]
+        lines.append(f"| {part} | {base[part]:.1f} | {' | '.join(cells)} |")
+    calls = {name: operators(step) for name, step in steps.items()}
+    more = calls[names[2]] - calls[names[0]]
+    lines += ["", f"| calls per step | {' | '.join(names)} |", "|---|---:|---:|---:|"]
+    lines += [f"| {op} | {' | '.join(str(calls[n][op]) for n in names)} |" for op, _ in more.most_common(14)]
     return "\n".join(lines)
 
 
@@ -317,10 +351,7 @@ def alone(options: argparse.Namespace) -> str:
         ranks = Ranks.join()
         settings = Torch(precision="fp32")
         if options.profile:
-            plain = profiled(engine(settings, gpt, ranks, fed))
-            kinds = {"our settings": DeepSpeed, "DeepSpeed's buffers": Defaults}
-            tables = [f"{n}:\n\n{causes(plain, profiled(engine(zero(k), gpt, ranks, fed)))}" for n, k in kinds.items()]
-            return "\n\n".join(tables)
+            return causes(gpt, ranks, options.rounds)
         subjects = {
             "torch engine": engine(settings, gpt, ranks, fed),
             "torch engine in our loop": whole_loop(gpt, ranks, Path(folder)),

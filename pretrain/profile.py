@@ -118,8 +118,8 @@ class Profiler:
         self._first, self._begun, self._waited = step, time.perf_counter(), 0.0
 
 
-def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float, top: int = TOP) -> Breakdown:
-    """From a profiler's events, the seconds of the steps together and of their wait for data; `top` operators."""
+def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float) -> Breakdown:
+    """From a profiler's events, the seconds of the steps together and of their wait for data."""
     spans: dict[str, list[Span]] = {}
     collectives: list[Span] = []
     operators: dict[str, tuple[float, int]] = {}
@@ -140,7 +140,7 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float, to
     parts |= {"data wait": waited, "communication": sum(end - begin for begin, end in collectives)}
     known = {part: max(parts.get(part, 0.0), 0.0) for part in PARTS[:-1]}
     known["other"] = max(whole - sum(known.values()), 0.0)
-    most = sorted(operators.items(), key=lambda item: -item[1][0])[:top]
+    most = sorted(operators.items(), key=lambda item: -item[1][0])[:TOP]
     return Breakdown(steps, known, [(name, seconds, calls) for name, (seconds, calls) in most])
 
 
