@@ -38,7 +38,8 @@ def see(rows: Tensor, band: int | None, documents: Tensor | None = None, flexibl
     """
     masked = documents is not None or (band is not None and band < rows.size(1))
     if flexible and rows.is_cuda and masked:
-        make = _block_mask if documents is not None else _remembered_block_mask
+        anew = documents is not None or torch.compiler.is_compiling()  # a compiler sees through memories, and warns
+        make = _block_mask if anew else _remembered_block_mask
         return Seen(band, block_mask=make(band, documents, rows.size(1), rows.device))
     return Seen(band, None if documents is None else document_lengths(documents))
 
@@ -111,17 +112,20 @@ def _within_documents(
 
 
 def _flexible(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
-    """FlexAttention (Dong et al. 2024), which skips blocks of 128 x 128 of which nothing is seen."""
-    y: Tensor = _flex_attention()(q, k, v, block_mask=block_mask)
+    """FlexAttention (Dong et al. 2024), which skips blocks of 128 x 128 of which nothing is seen.
+
+    Compiled, since it is slower than dense attention otherwise; in a compiled model it becomes part of that.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compute: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    y: Tensor = compute(q, k, v, block_mask=block_mask)
     return y
 
 
 @lru_cache(maxsize=1)
-def _flex_attention() -> Any:
-    """Compiled, since it is slower than dense attention otherwise; inside a compiled model it becomes part of it."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)
 
 
 def _block_mask(band: int | None, documents: Tensor | None, length: int, device: torch.device) -> BlockMask:
