@@ -69,7 +69,7 @@ class DeepSpeed(Computation):
         """See `Computation.compiles`. At stage 3 every module's hooks break the graph, so that little is gained."""
         return super().compiles(device) and (self.compile is not None or self.zero_stage < 3)
 
-    def deepspeed_config(self, clip_norm: float | None, parameters: int) -> dict[str, Any]:
+    def deepspeed_config(self, clip_norm: float | None, parameters: int = BUCKET) -> dict[str, Any]:
         """The dict that DeepSpeed is given. The loop owns accumulation, schedule, logging and checkpoints."""
         return {
             "train_micro_batch_size_per_gpu": 1,  # nominal: the loop feeds what it likes
