@@ -1,11 +1,15 @@
-"""Training speed on one GPU: our engines with and without DeepSpeed, eager and compiled, by model size.
+"""Training speed on one GPU, in under ten minutes: ours with and without DeepSpeed, nanoGPT, and what makes the speed.
 
-    python -m benchmarks.gpu [--out benchmarks/results] [--seconds 8] [--models 124M,1.3B]
+    python -m benchmarks.gpu [--nanogpt PATH] [--out benchmarks/results] [--seconds 4] [--budget 560]
 
-Prints a table of tokens/s, MFU (6N + 12 L C T operations per token, dense attention, unpadded vocabulary, over the
-card's dense bf16 peak), peak memory and the time to the first step; medians over steps after the warm-up, on random
-tokens, without the data reading, checkpoints and tracking of a real run. Also the card's own bf16 matmul rate, in the
-same run. Writes the table to a file named after hardware and date. Without a GPU: tiny models on the CPU, and says so.
+The card's own bf16 matmul rate; then for 124M, 350M, 760M and 1.3B in bf16, at the same batch: ZeRO-1, the torch
+engine, and nanoGPT compiled (PATH: a checkout of it). Then the torch engine with other settings: not compiled, other
+micro-batches, recomputation, the chunked loss; and by themselves the attention kernels and the ways to the loss.
+Medians over steps after the warm-up, on random tokens, without the data reading, checkpoints and tracking of a run.
+
+MFU is (6 N + 12 L C T) operations per token x tokens/s over the card's dense bf16 peak: attention counted as dense, N
+without positions, the vocabulary not padded. What does not fit into --budget seconds is left out, and said to be.
+Without a GPU the same program runs tiny models on the CPU, to show that it runs, and says so.
 """
 
 from __future__ import annotations
@@ -19,23 +23,31 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import configs
+from benchmarks.step import nanogpt_model
 from pretrain.engine.plain import Torch
 from pretrain.engine.zero import DeepSpeed
 from pretrain.meter import peak_flops
 from pretrain.models.gpt import Gpt
+from pretrain.models.loss import chunked_loss, weighted_loss
 from pretrain.models.weights import initialize
 from pretrain.objectives import NextToken
 from pretrain.optim import AdamW
 from pretrain.ranks import Ranks
 
-VOCABULARY = 50257
+VOCABULARY, NANOGPT_VOCABULARY = 50257, 50304  # nanoGPT pads its own
+FORMULA = "MFU = (6 N + 12 L C T) x tokens/s / peak: dense attention, N without positions, unpadded vocabulary"
+LEAST_S = 25.0  # that a case takes; none is begun with less left
 
 
 @dataclass(frozen=True)
@@ -43,69 +55,71 @@ class Case:
     """One row of the table."""
 
     model: str
-    engine: str  # torch | zero0 ... zero3
-    compile: bool
+    engine: str  # torch | zero0 ... zero3 | nanogpt
     rows: int  # sequences per micro-batch
     micro_batches: int = 1
+    compile: bool = True
+    recompute: str = "none"
+    loss: str = "plain"
+
+    @property
+    def setting(self) -> str:
+        """What differs from the rows before it."""
+        parts = ["compiled" if self.compile else "eager"]
+        parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        parts += [f"{self.loss} loss"] if self.loss != "plain" else []
+        return ", ".join(parts)
 
 
 SIZES: dict[str, dict[str, Any]] = {
     "124M": {"layers": 12, "width": 768, "heads": 12, "context": 1024},
     "350M": {"layers": 24, "width": 1024, "heads": 16, "context": 1024},
+    "760M": {"layers": 24, "width": 1536, "heads": 16, "context": 2048},
     "1.3B": {"layers": 24, "width": 2048, "heads": 16, "context": 2048},
     "tiny": {"layers": 2, "width": 64, "heads": 2, "context": 128},
 }
-CASES = [
-    Case("124M", "torch", compile=False, rows=32),
-    Case("124M", "torch", compile=True, rows=32),
-    Case("124M", "torch", compile=True, rows=64),
-    Case("124M", "zero1", compile=True, rows=64),
-    Case("124M", "zero1", compile=True, rows=64, micro_batches=8),
-    Case("350M", "torch", compile=True, rows=32),
-    Case("350M", "zero1", compile=True, rows=32),
-    Case("1.3B", "torch", compile=True, rows=8),
-    Case("1.3B", "zero1", compile=True, rows=8),
-    Case("1.3B", "zero1", compile=True, rows=16),
+ROWS = {"124M": 32, "350M": 16, "760M": 8, "1.3B": 8, "tiny": 4}  # the same for all three
+VARIANTS = [
+    Case("124M", "torch", 32, compile=False),
+    Case("124M", "torch", 64),
+    Case("124M", "torch", 64, loss="chunked"),
+    Case("124M", "zero1", 32, micro_batches=8),
+    Case("1.3B", "torch", 16, recompute="selective"),
+    Case("1.3B", "torch", 16, recompute="full"),
+    Case("1.3B", "torch", 4),
 ]
-TINY = [Case("tiny", "torch", compile=False, rows=4), Case("tiny", "zero1", compile=False, rows=4)]
+TINY_VARIANTS = [Case("tiny", "torch", 4, compile=False, recompute="full", loss="chunked")]
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Run one case in this process; its row."""
-    begun = time.perf_counter()
-    ranks = Ranks.join()
+def cases(sizes: list[str], nanogpt: bool, compile: bool) -> list[Case]:
+    """Every size with every engine, at the same batch."""
+    engines = ["zero1", "torch", *(["nanogpt"] if nanogpt else [])]
+    return [Case(size, engine, ROWS[size], compile=compile) for size in sizes for engine in engines]
+
+
+# --- a case -------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, seconds: float, nanogpt: Path | None, ranks: Ranks, begun: float) -> dict[str, Any]:
+    """Run one case in this process; its row. `begun`: when the process did."""
     cuda = ranks.device.type == "cuda"
-    gpt = configs.build(
-        Gpt, {"vocab_size": 509 if case.model == "tiny" else VOCABULARY, **SIZES[case.model]}, "benchmark"
-    )
-    model = gpt.build()
-    initialize(model, 1)
-    precision = "bf16" if cuda else "fp32"
-    if case.engine == "torch":
-        engine: Any = Torch(precision=precision, compile=case.compile).build(model, AdamW(lr_peak=1e-4), ranks)
-    else:
-        settings = {"precision": precision, "zero_stage": int(case.engine[-1]), "compile": case.compile}
-        engine = configs.build(DeepSpeed, settings, "benchmark").build(model, AdamW(lr_peak=1e-4), ranks)
-    rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
-    batch = NextToken().batch(rows, torch.full((case.rows,), gpt.context, device=ranks.device))
+    vocabulary = 509 if case.model == "tiny" else VOCABULARY
+    gpt = configs.build(Gpt, {"vocab_size": vocabulary, **SIZES[case.model]}, "benchmark")
+    step = _nanogpt(case, gpt, nanogpt, ranks) if case.engine == "nanogpt" else _ours(case, gpt, ranks)
     tokens = case.rows * gpt.context * case.micro_batches
-    rates = AdamW(lr_peak=1e-4).rates(1.0)
-
-    def step() -> None:
-        engine.step([batch] * case.micro_batches, tokens, rates)
-
     step()
+    _wait(cuda)
     first = time.perf_counter() - begun
-    for _ in range(5):
+    for _ in range(3):
         step()
     times: list[float] = []
-    until = time.perf_counter() + seconds
     gc.collect()
+    _wait(cuda)
+    until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 10:
         start = time.perf_counter()
-        step()  # ends with the gradient norm on the host, so it is synchronous
-        if cuda:
-            torch.cuda.synchronize()
+        step()
+        _wait(cuda)
         times.append(time.perf_counter() - start)
     rate = tokens / statistics.median(times)
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
@@ -121,79 +135,257 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
-def matmul_rate() -> float:
-    """TFLOP/s of an 8192-cubed bf16 matrix product of random values: median of 50."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for i in range(60):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        a @ b
-        end.record()
+def _wait(cuda: bool) -> None:
+    if cuda:
         torch.cuda.synchronize()
-        if i >= 10:
-            times.append(start.elapsed_time(end) / 1e3)
-    return float(2 * 8192**3 / statistics.median(times) / 1e12)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+def _ours(case: Case, gpt: Gpt, ranks: Ranks) -> Callable[[], object]:
+    model, optim = gpt.build(), AdamW(lr_peak=1e-4)
+    initialize(model, 1)
+    settings: dict[str, Any] = {
+        "precision": "bf16" if ranks.device.type == "cuda" else "fp32",
+        "compile": case.compile, "recompute": case.recompute, "loss": case.loss,
+    }  # fmt: skip
+    if case.engine == "torch":
+        engine: Any = configs.build(Torch, settings, "benchmark").build(model, optim, ranks)
+    else:
+        settings["zero_stage"] = int(case.engine[-1])
+        engine = configs.build(DeepSpeed, settings, "benchmark").build(model, optim, ranks)
+    rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
+    batch = NextToken().batch(rows, torch.full((case.rows,), gpt.context, device=ranks.device))
+    count = case.rows * gpt.context * case.micro_batches
+    return lambda: engine.step([batch] * case.micro_batches, count, optim.rates(1.0))
+
+
+def _nanogpt(case: Case, gpt: Gpt, path: Path | None, ranks: Ranks) -> Callable[[], object]:
+    """As its train.py does: fp32 weights, bf16 by autocast, fused AdamW, clipping at 1.0."""
+    assert path is not None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    cuda = ranks.device.type == "cuda"
+    model: Any = nanogpt_model(path, gpt, NANOGPT_VOCABULARY if cuda else gpt.vocab_size).to(ranks.device)
+    groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
+    decays = [{"params": group, "weight_decay": d} for group, d in zip(groups, (0.1, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(decays, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    model = torch.compile(model) if case.compile else model
+    rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
+    inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def step() -> None:
+        for _ in range(case.micro_batches):
+            with torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=cuda):
+                loss = model(inputs, targets)[1] / case.micro_batches
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# --- parts by themselves ------------------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """The median time of a piece of work, after a warm-up of three."""
+    cuda = torch.cuda.is_available()
+    times = []
+    for i in range(repeats + 3):
+        _wait(cuda)
+        begun = time.perf_counter()
+        work()
+        _wait(cuda)
+        if i >= 3:
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def matmul_rate(size: int, device: str) -> float:
+    """TFLOP/s of a bf16 matrix product of random values."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, 30 if device == "cuda" else 3) / 1e12
+
+
+ATTENTION = {
+    "as torch chooses": None,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "plain products": SDPBackend.MATH,
+}
+
+
+def attention_rates(device: str) -> list[str]:
+    """Lines of a table: forward and backward of causal attention by kernel, as if nothing were masked."""
+    shapes = [(32, 12, 1024, 64), (8, 16, 2048, 128)] if device == "cuda" else [(2, 2, 128, 64)]
     lines = [
-        "| model | engine | compiled | rows x micro | tokens/s | MFU | step ms (spread) | peak GiB | first step s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| attention | B, H, T, D | ms, forward and backward | TFLOP/s as if nothing were masked |",
+        "|---|---|---:|---:|",
     ]
-    for r in rows:
-        shape = (
-            f"| {r['model']} | {r['engine']} | {'yes' if r['compile'] else 'no'} | {r['rows']} x {r['micro_batches']} |"
-        )
-        if "error" in r:
-            lines.append(f"{shape} {r['error']} |")
+    for shape in shapes:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+        def work(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+
+        batch, heads, length, width = shape
+        operations = 3.5 * 4 * batch * heads * length**2 * width
+        for name, backend in ATTENTION.items():
+            if name == "plain products" and device == "cuda" and batch * heads * length**2 * 6 > 20e9:
+                continue
+            try:
+                if backend is None:
+                    spent = seconds_of(work, 20)
+                else:
+                    with sdpa_kernel(backend):
+                        spent = seconds_of(work, 20)
+            except RuntimeError as error:
+                lines.append(f"| {name} | {shape} | {str(error).splitlines()[0][:60]} | - |")
+                continue
+            lines.append(f"| {name} | {shape} | {1e3 * spent:.2f} | {operations / spent / 1e12:.1f} |")
+    return lines
+
+
+def loss_rates(device: str) -> list[str]:
+    """Lines of a table: output layer and loss, forward and backward, by how the logits are made."""
+    tokens, width, vocabulary = (32 * 1024, 768, VOCABULARY) if device == "cuda" else (256, 64, 509)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    weight = (0.02 * torch.randn(vocabulary, width, device=device)).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    weights = torch.ones(tokens, device=device)
+
+    def plain() -> Tensor:
+        return weighted_loss(hidden @ weight.t(), targets, weights)
+
+    ways: dict[str, Callable[[], Tensor]] = {"plain": plain}
+    if device == "cuda":
+        ways["plain, compiled"] = torch.compile(plain, dynamic=False)
+    for chunk in (tokens // 16, tokens // 4):
+
+        def chunked(chunk: int = chunk) -> Tensor:
+            return chunked_loss(hidden, weight, targets, weights, chunk)
+
+        ways[f"chunks of {chunk}"] = chunked
+        if device == "cuda":
+            ways[f"chunks of {chunk}, compiled"] = torch.compile(chunked, dynamic=False)
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        theirs: Any = F.linear_cross_entropy
+        options = torch.nn.LinearCrossEntropyOptions()
+        ways["torch's linear_cross_entropy"] = lambda: theirs(hidden, weight, targets, reduction="sum", options=options)
+    lines = [f"| loss of {tokens} x {width} x {vocabulary} | ms, forward and backward | peak GiB |", "|---|---:|---:|"]
+    for name, way in ways.items():
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def work(way: Callable[[], Tensor] = way) -> None:
+            hidden.grad = weight.grad = None
+            way().backward()  # type: ignore[no-untyped-call]
+
+        try:
+            spent = seconds_of(work, 10)
+        except RuntimeError as error:
+            lines.append(f"| {name} | {str(error).splitlines()[0][:60]} | - |")
             continue
-        mfu = "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
-        memory = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
-        speed = f"{r['tokens_per_s']:,.0f} | {mfu} | {r['step_ms']:.1f} ({r['spread_ms']:.1f})"
-        lines.append(f"{shape} {speed} | {memory} | {r['first_step_s']:.0f} |")
-    return "\n".join(lines)
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if device == "cuda" else "-"
+        lines.append(f"| {name} | {1e3 * spent:.2f} | {memory} |")
+    return lines
 
 
-def run_case(case: Case, seconds: float) -> dict[str, Any]:
-    """Run one case in a process of its own; its row, or the last line of its error."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--case", json.dumps(asdict(case)), "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("ROW "):
-            return dict(json.loads(line[4:]))
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+HEAD = [
+    "| model | engine | setting | rows x micro | tokens/s | MFU | step ms (spread) | peak GiB | first step s |",
+    "|---|---|---|---|---:|---:|---:|---:|---:|",
+]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    case = Case(**{field: row[field] for field in Case.__dataclass_fields__})
+    shape = f"| {case.model} | {case.engine} | {case.setting} | {case.rows} x {case.micro_batches} |"
+    if "error" in row:
+        return f"{shape} {row['error']} |"
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    memory = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+    speed = f"{row['tokens_per_s']:,.0f} | {mfu} | {row['step_ms']:.1f} ({row['spread_ms']:.1f})"
+    return f"{shape} {speed} | {memory} | {row['first_step_s']:.0f} |"
+
+
+def costs(rows: list[dict[str, Any]]) -> list[str]:
+    """What DeepSpeed costs, and how far ahead of nanoGPT we are, by size, from the rows at the same batch."""
+    by_case = {(r["model"], r["engine"]): r for r in reversed(rows) if "step_ms" in r and r["micro_batches"] == 1}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        torch_, zero, theirs = (by_case.get((model, engine)) for engine in ("torch", "zero1", "nanogpt"))
+        if torch_ and zero:
+            cost = zero["step_ms"] / torch_["step_ms"] - 1
+            more = f"; over nanoGPT {theirs['step_ms'] / zero['step_ms']:.2f}x" if theirs else ""
+            lines.append(f"{model}: DeepSpeed costs {cost:+.1%} of a step{more}")
+    return lines
+
+
+def run_case(case: Case, options: argparse.Namespace, timeout: float) -> dict[str, Any]:
+    """Run one case in a process of its own, as one that runs out of memory must not spoil the next."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--case", json.dumps(asdict(case))]
+    command += ["--seconds", str(options.seconds)] + (["--nanogpt", str(options.nanogpt)] if options.nanogpt else [])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {**asdict(case), "error": f"not done in {timeout:.0f} s"}
+    for printed in done.stdout.splitlines():
+        if printed.startswith("ROW "):
+            return dict(json.loads(printed[4:]))
     error = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return {**asdict(case), "error": error[:160]}
 
 
 def main() -> None:
+    """Measure, print each row when it is there, and write the tables to a file named after hardware and date."""
+    begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--models", default="124M,350M,1.3B")
-    parser.add_argument("--case")
+    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--budget", type=float, default=560)
+    parser.add_argument("--nanogpt", type=Path)
+    parser.add_argument("--models", default="124M,350M,760M,1.3B")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print("ROW " + json.dumps(measure(Case(**json.loads(options.case)), options.seconds)), flush=True)
+        case = Case(**json.loads(options.case))
+        print("ROW " + json.dumps(measure(case, options.seconds, options.nanogpt, Ranks.join(), begun)), flush=True)
         os._exit(0)
     cuda = torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if cuda else "CPU"
-    head = [f"# One {name}, {datetime.date.today()}", "", f"`python -m benchmarks.gpu`, torch {torch.__version__}."]
+    device, name = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "CPU")
+    text = [f"# One {name}, {datetime.date.today()}", "", f"`python -m benchmarks.gpu`, torch {torch.__version__}."]
     if cuda:
-        head.append(f"bf16 matmul 8192 cubed: {matmul_rate():.0f} TFLOP/s; MFU against {peak_flops(name):.3g} FLOP/s.")
+        text.append(f"cuDNN {torch.backends.cudnn.version()}; MFU against {peak_flops(name) or 0:.3g} FLOP/s.")
     else:
-        head.append("No GPU here: tiny models on the CPU, to show that the suite runs.")
-    print("\n".join(head), flush=True)
-    rows = []
-    for case in [c for c in CASES if c.model in options.models.split(",")] if cuda else TINY:
-        rows.append(run_case(case, options.seconds))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        text.append("NO GPU HERE: tiny models on the CPU, to show that this program runs; no figure of speed.")
+    text += [f"{FORMULA}.", f"bf16 matmul: {matmul_rate(8192 if cuda else 256, device):.3g} TFLOP/s.", ""]
+    print("\n".join([*text, *HEAD]), flush=True)
+    sizes = options.models.split(",") if cuda else ["tiny"]
+    wanted = cases(sizes, options.nanogpt is not None, compile=cuda)
+    wanted += [c for c in VARIANTS if c.model in sizes] if cuda else TINY_VARIANTS
+    ranks, rows = None if cuda else Ranks.join(), []
+    for case in wanted:
+        left = options.budget - (time.perf_counter() - begun)
+        if left < LEAST_S:
+            rows.append({**asdict(case), "error": "left out: out of time"})
+        elif ranks is None:
+            rows.append(run_case(case, options, left))
+        else:  # nothing runs out of memory here, and a process costs seconds
+            rows.append(measure(case, options.seconds, options.nanogpt, ranks, time.perf_counter()))
+        print(line(rows[-1]), flush=True)
+    parts = [*costs(rows), "", *attention_rates(device), "", *loss_rates(device)]
+    print("\n".join(["", *parts]))
     options.out.mkdir(parents=True, exist_ok=True)
-    hardware = name.replace(" ", "-")
-    path = options.out / f"gpu_{hardware}_{datetime.date.today()}.md"
-    path.write_text("\n".join([*head, "", table(rows)]) + "\n")
-    print(f"\n{table(rows)}\n\n{path}")
+    path = options.out / f"gpu_{name.replace(' ', '-')}_{datetime.date.today()}.md"
+    path.write_text("\n".join([*text, *HEAD, *map(line, rows), "", *parts]) + "\n")
+    print(f"\n{path}", flush=True)
+    os._exit(0)  # DeepSpeed leaves a thread that aborts some exits
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ from data_pipeline.lease import Lease
 from data_pipeline.preparation import Preparation
 from data_pipeline.progress import Display, Progress, size
 from data_pipeline.sources.inputs import Input, Part, Reading
-from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TokenizerChoice, TrainTokenizer, choose_encoder, train
+from data_pipeline.tokenizer import (
+    Given,
+    Tokenizer,
+    TokenizerChoice,
+    TrainGpt1Tokenizer,
+    TrainTokenizer,
+    choose_encoder,
+)
 
 log = logging.getLogger("data-prep")
 
@@ -60,22 +67,24 @@ def make_tokenizer(preparation: Preparation) -> Tokenizer:
 
 
 def _tokenizer_identity(choice: TokenizerChoice) -> dict[str, Any]:
-    if isinstance(choice, TrainTokenizer):
-        return choice.model_dump(mode="json")
-    return {"kind": choice.kind, "sha256": Tokenizer.load(choice.path).sha256}
+    if isinstance(choice, Given):
+        return {"kind": choice.kind, "sha256": choice.identity()}
+    return choice.model_dump(mode="json")
 
 
 def _make_tokenizer(preparation: Preparation, identity: dict[str, Any]) -> dict[str, Any]:
     path, choice = preparation.out / TOKENIZER, preparation.tokenizer
     sample: dict[str, dict[str, int]] = {}
-    if isinstance(choice, GivenTokenizer):
-        shards.write_durably(path, choice.path.read_bytes())
+    if isinstance(choice, Given):
+        choice.write(path)
     else:
-        train(_sampled(preparation, choice, sample), choice.vocab_size, path)
+        choice.train(_sampled(preparation, choice, sample), path)
     return {"config": identity, "sample": sample, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _sampled(preparation: Preparation, choice: TrainTokenizer, taken: dict[str, dict[str, int]]) -> Iterator[str]:
+def _sampled(
+    preparation: Preparation, choice: TrainTokenizer | TrainGpt1Tokenizer, taken: dict[str, dict[str, int]]
+) -> Iterator[str]:
     """Cleaned texts for training, of each corpus as many bytes as its share of all text; fills `taken`.
 
     Inputs are read in the order of a keyed hash of their names, and documents taken by a keyed hash of their ids, so

@@ -11,7 +11,7 @@ from data_pipeline.made_once import TOKENIZER
 from data_pipeline.plan import BYTES_PER_TOKEN, Plan, cut
 from data_pipeline.preparation import Preparation
 from data_pipeline.slices import slice_record
-from data_pipeline.tokenizer import GivenTokenizer, Tokenizer, TrainTokenizer, choose_encoder
+from data_pipeline.tokenizer import Given, GivenTokenizer, Tokenizer, choose_encoder
 
 TEXT_PACKED = 0.5  # of a text's bytes, by zstd
 SHARD_OVERHEAD = 1.01  # headers of the tar and of its members, indexes
@@ -43,7 +43,7 @@ def outlines(preparation: Preparation) -> Iterator[Outline]:
     """The plan of each corpus as it is, else as it would be, with estimates from a trial of about a second."""
     tokenizer = _tokenizer_for_trial(preparation)
     choice = preparation.tokenizer
-    vocabulary = choice.vocab_size if isinstance(choice, TrainTokenizer) else tokenizer.vocab_size if tokenizer else 0
+    vocabulary = (tokenizer.vocab_size if tokenizer else 0) if isinstance(choice, Given) else choice.vocab_size
     for corpus in preparation.corpora:
         yield _outline(preparation, corpus, tokenizer, 2 if vocabulary <= 2**16 else 4)
 

@@ -1,6 +1,8 @@
-"""The tokenizer: a byte-level BPE as GPT-2's, trained here or given as a `tokenizer.json`. The only importer of it.
+"""The tokenizer: a BPE as GPT-2's or GPT-1's, trained here or given. The only importer of it.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2
+GPT-2's merges bytes, so any text comes back as it was: Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners", section 2.2. GPT-1's merges the characters of words in lower case, the last one marked as the end: Radford
+et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 4.1, after Sennrich et al. 2016.
 
 Two encoders read the same file: `tokenizers`, whose ids are the right ones by definition, and gigatoken, about forty
 times as fast. gigatoken is used where its ids were proved equal: on `probes()` when a corpus is planned, and while
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_WORD, UNKNOWN = "</w>", "<unk>"  # of GPT-1
 Encoder = Literal["gigatoken", "tokenizers"]
 Ids = npt.NDArray[np.uint32]
 PIECE_CHARS = 4000  # texts are encoded in pieces: faster, and the encoder keeps over 100 bytes for every token
@@ -45,6 +49,24 @@ class TrainTokenizer(Section):
     sample_bytes: Int = 2**30  # of text, shared by the corpora as their sizes are
     seed: Int = 0
 
+    def train(self, texts: Iterable[str], path: Path) -> None:
+        """Write the vocabulary of `texts` as `path`. Raises ConfigError."""
+        train(texts, self.vocab_size, path)
+
+
+class TrainGpt1Tokenizer(Section):
+    """A new vocabulary of GPT-1's kind, trained on a seeded sample of the corpora."""
+
+    kind: Literal["train_gpt1"] = "train_gpt1"
+    vocab_size: Int = 40_479  # entries: <unk>, the characters, each also as the end of a word, merges, <|endoftext|>
+    characters: Int = 238  # the most frequent ones, others are <unk>; 2 x 238, <unk> and one more are the paper's 478
+    sample_bytes: Int = 2**30
+    seed: Int = 0
+
+    def train(self, texts: Iterable[str], path: Path) -> None:
+        """Write the vocabulary of `texts` as `path`. Raises ConfigError."""
+        train_gpt1(texts, self.vocab_size, self.characters, path)
+
 
 class GivenTokenizer(Section):
     """A ready `tokenizer.json` with an <|endoftext|>."""
@@ -52,8 +74,46 @@ class GivenTokenizer(Section):
     kind: Literal["file"] = "file"
     path: Path
 
+    def identity(self) -> str:
+        """The sha256 (hex) of what was given. Raises ConfigError where it cannot serve."""
+        return Tokenizer.load(self.path).sha256
 
-TokenizerChoice = Annotated[TrainTokenizer | GivenTokenizer, Field(discriminator="kind")]
+    def write(self, path: Path) -> None:
+        """Write it as `path`."""
+        write_durably(path, self.path.read_bytes())
+
+
+class GivenGpt1Tokenizer(Section):
+    """GPT-1's vocabulary as it was released: its entries and its merges. <|endoftext|> becomes the last id."""
+
+    kind: Literal["gpt1_files"] = "gpt1_files"
+    vocabulary: Path  # encoder_bpe_40000.json, elsewhere vocab.json: {entry: id}
+    merges: Path  # vocab_40000.bpe, elsewhere merges.txt: two entries a line
+
+    def identity(self) -> str:
+        """The sha256 (hex) of what was given. Raises ConfigError where it cannot serve."""
+        return hashlib.sha256(self._canonical()).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write it as a `tokenizer.json`."""
+        write_durably(path, self._canonical())
+
+    def _canonical(self) -> bytes:
+        import tokenizers
+
+        try:
+            read = tokenizers.models.BPE.read_file(str(self.vocabulary), str(self.merges))
+            return _gpt1(*read).to_str(pretty=True).encode()
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(
+                f"{self.vocabulary}, {self.merges}: not the vocabulary and merges of a GPT-1: {_one_line(error)}"
+            ) from None
+
+
+TokenizerChoice = Annotated[
+    TrainTokenizer | TrainGpt1Tokenizer | GivenTokenizer | GivenGpt1Tokenizer, Field(discriminator="kind")
+]
+Given = GivenTokenizer | GivenGpt1Tokenizer
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -77,6 +137,92 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     tokenizer.add_special_tokens([END_OF_TEXT])
+    _write(tokenizer, vocab_size, path)
+
+
+def train_gpt1(texts: Iterable[str], vocab_size: int, characters: int, path: Path) -> None:
+    """Train a BPE of GPT-1's kind and write it as `path`, whole or not at all.
+
+    The same texts, in whatever order, give the same bytes: words are counted first, since the library numbers the ends
+    of words in the order of a hash table, and equally frequent merges follow those numbers. Words with a character that
+    is not among the most frequent have no part in it. Raises ConfigError when the texts are too few for the size.
+    """
+    import tokenizers
+
+    if not 2 * characters + 2 < vocab_size <= 2**24 or characters < 1:
+        raise ConfigError(
+            f"tokenizer.vocab_size: expected more than {2 * characters + 2} (tokenizer.characters {characters}, each "
+            f"also as the end of a word, {UNKNOWN} and {END_OF_TEXT}), got {vocab_size}"
+        )
+    words = _gpt1_words(texts)
+    seen: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            seen[character] += count
+    kept = sorted(sorted(seen, key=lambda character: (-seen[character], character))[:characters])
+    known = {word: count for word, count in words.items() if set(word) <= set(kept)}
+    ends = sorted({word[-1] for word in known})
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=[UNKNOWN, *kept, *(character + END_OF_WORD for character in ends)],
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_repeated(known), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [(left, right) for left, right in model["merges"]]
+    _write(_gpt1(tokenizer.get_vocab(with_added_tokens=True), merges), vocab_size, path)
+
+
+def _gpt1_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word stands in the texts, in lower case, a sign of punctuation being a word."""
+    words: Counter[str] = Counter()
+    empty = _gpt1({UNKNOWN: 0}, [])
+    for text in texts:
+        for piece in pieces(text, cut=_CUT_AT_BLANKS):
+            normal = empty.normalizer.normalize_str(piece)
+            words.update(word for word, _ in empty.pre_tokenizer.pre_tokenize_str(normal))
+    return words
+
+
+def _repeated(words: dict[str, int]) -> Iterator[str]:
+    """Texts that hold each word as often as was counted: the library takes no counts."""
+    for word, count in sorted(words.items()):
+        for begin in range(0, count, 1000):
+            yield f"{word} " * min(1000, count - begin)
+
+
+def _gpt1(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """GPT-1's tokenizer, with <|endoftext|> as the last id.
+
+    The paper cleans with ftfy and takes spaCy's words; here cleaning is the preparation's (`clean`), and words are
+    BERT's, as in transformers where those two are missing: accents and control characters fall away, and each sign of
+    punctuation is a word. So decoding gives readable text, not the text that was.
+    """
+    import tokenizers
+    from tokenizers import Regex, decoders
+
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
+    )
+    made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.Sequence(
+        [
+            decoders.BPEDecoder(suffix=END_OF_WORD),
+            decoders.Fuse(),
+            decoders.Replace(Regex(r" (?=[.,!?;:%)\]}])"), ""),
+            decoders.Replace(Regex(r"(?<=[(\[{]) "), ""),
+            decoders.Replace(Regex(r" ['’] (?=(s|t|m|d|re|ve|ll)\b)"), "'"),
+        ]
+    )
+    made.add_special_tokens([END_OF_TEXT])
+    return made
+
+
+def _write(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: Path) -> None:
     got = tokenizer.get_vocab_size()
     if got != vocab_size:
         raise ConfigError(
@@ -146,7 +292,8 @@ class Tokenizer:
 
     def canonical_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text as `tokenizers` gives them."""
-        parts = [list(pieces(text)) if self._cuts_at_spaces else [text] for text in texts]
+        cut = self._cut
+        parts = [[text] if cut is None else list(pieces(text, cut=cut)) for text in texts]
         flat = [part for several in parts for part in several]
         encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
         return [
@@ -176,12 +323,17 @@ class Tokenizer:
         return found
 
     @cached_property
-    def _cuts_at_spaces(self) -> bool:
-        """Whether no token spans the place between a character and a space after it, as under GPT-2's pattern."""
+    def _cut(self) -> re.Pattern[str] | None:
+        """Where a text may be cut without changing its ids: GPT-2's and GPT-1's tokens span no blank after a
+        character. None where that is not known."""
         made: dict[str, Any] = json.loads(self._backend.to_str())
-        pre = made.get("pre_tokenizer") or {}
+        pre, normalizer = made.get("pre_tokenizer") or {}, made.get("normalizer")
+        if not self._backend.encode("a b", add_special_tokens=False):
+            return None
+        if pre.get("type") == "BertPreTokenizer" and (normalizer or {}).get("type") == "BertNormalizer":
+            return _CUT_AT_BLANKS
         plain = pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space", True)
-        return bool(plain and made.get("normalizer") is None and self._backend.encode("a b", add_special_tokens=False))
+        return _CUT if plain and normalizer is None else None
 
 
 def _gigatoken(canonical: str, path: Path) -> Any:
@@ -248,17 +400,18 @@ def _byte_level() -> dict[str, int]:
 
 
 _CUT = re.compile(r"(?<=\S)(?=\s)")
+_CUT_AT_BLANKS = re.compile(r"(?<=\S)(?=[ \n])")  # rarer spaces are control characters to BERT, and fall away
 
 
-def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
+def pieces(text: str, size: int = PIECE_CHARS, cut: re.Pattern[str] = _CUT) -> Iterator[str]:
     """A text in pieces of about `size` characters, cut before white space, where GPT-2's pattern always cuts."""
     begun = 0
     while len(text) - begun > size:
-        cut = _CUT.search(text, begun + size)
-        if cut is None:
+        place = cut.search(text, begun + size)
+        if place is None:
             break
-        yield text[begun : cut.start()]
-        begun = cut.start()
+        yield text[begun : place.start()]
+        begun = place.start()
     yield text[begun:]
 
 

@@ -23,6 +23,8 @@ from pretrain.evaluate import Abandoned, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.meter import Ledger, Meter, duration
+from pretrain.noise import Noise
+from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun
 from pretrain.segments import Course
@@ -85,6 +87,7 @@ class Attempt:
         self.stragglers = Stragglers(self.ranks.size, self.run.guard.slow_rank_factor)
         self.first_step = self.position.step
         self.save_error = ""
+        self.profiler = Profiler(self.run.profile, self.run.run_folder / "profile", self.ranks.rank, self.engine.timer)
         self._local: dict[str, float] = {}
 
     @property
@@ -103,10 +106,25 @@ class Attempt:
         device, objective = self.ranks.device, self.run.objective
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         valid = torch.from_numpy(batch.valid).to(device, non_blocking=True)
-        batches = [objective.batch(t, v) for t, v in zip(tokens, valid, strict=True)]
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(device, non_blocking=True)
+        batches = [
+            objective.batch(tokens[i], valid[i], None if documents is None else documents[i])
+            for i in range(len(tokens))
+        ]
         for each in batches:
             spoil("train.batch", each.weights, batch.step)
         return batches
+
+    def profile_until(self, step: int, ended: bool = False) -> None:
+        """Where `step` was the last that is profiled, or the attempt ends, write down and print where a step goes."""
+        path = self.profiler.finish(step) if ended else self.profiler.after(step)
+        if path is not None:
+            print(path.read_text(encoding="utf-8"), flush=True)
+            log.info("profile: %s", path)
+
+    def noise(self, step: int) -> Noise | None:
+        """The random numbers of a step; None where the model draws none."""
+        return Noise(self.run.seed, step, self.ranks.rank) if self.run.model.dropout else None
 
     def advance(self, batch: Batch) -> None:
         """The batch is consumed."""
@@ -279,6 +297,7 @@ class Attempt:
 
     def close(self) -> None:
         """Close the journal, and give the archive and the trackers time to finish."""
+        self.profile_until(self.position.step, ended=True)
         self.saver.close(0.0 if self.stop.received is not None else None)
         if self.journal is not None:
             self.journal.close()
@@ -299,6 +318,7 @@ class Attempt:
 
     def end(self, ending: Ending) -> int:
         """Save where the ending says so, wait for the save in flight, write down how it ended; the exit code."""
+        self.profile_until(self.position.step, ended=True)
         if ending.saves:
             ending = self.save() or ending
         self.watchdog.beat("end", self.position.step)

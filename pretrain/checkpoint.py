@@ -37,6 +37,7 @@ from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import HashedFile, sync_folder, write_durably
 from pretrain import disk
 from pretrain.archive import MOST_WAITING, Archive, Archiver
+from pretrain.engine.scale import LossScale
 from pretrain.engine.state import MASTER, Fragment, State
 from pretrain.lineage import Lineage, TakenOver
 
@@ -221,6 +222,8 @@ class Saver:
         begun = time.perf_counter()
         record = self._snapshot(state)
         record |= {"digest_share": f"{digest_share:032x}", "steps": state.steps}
+        if state.loss_scale is not None:
+            record["loss_scale"] = asdict(state.loss_scale)
         held_up = time.perf_counter() - begun
         self.last_step = position.step
         self._thread = threading.Thread(
@@ -519,6 +522,9 @@ def load(committed: Committed, state: State) -> None:
         for file in files:
             file.close()
     state.steps = {name: steps[name] for name in state.steps}
+    saved_scale = files[0].record.get("loss_scale")  # every rank has the same
+    if state.loss_scale is not None and saved_scale is not None:
+        state.loss_scale = LossScale(**saved_scale)
 
 
 def read_weights(committed: Committed) -> Iterator[tuple[str, Tensor]]:

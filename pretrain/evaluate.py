@@ -58,13 +58,16 @@ def _losses(
     asked: Pending | None = None
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
-        for tokens, valid, _ in validation.batches(rows, ranks.rank, ranks.size):
+        for read in validation.batches(rows, ranks.rank, ranks.size):
             before, asked = asked, ranks.sum_later(torch.tensor([float(asked_to_stop())]))
             if before is not None and before.result().item():
                 asked.result()
                 raise Abandoned
-            batch = objective.batch(torch.from_numpy(tokens).to(ranks.device), torch.from_numpy(valid).to(ranks.device))
-            total += engine.loss(batch).double().cpu()
+            tokens, valid, documents = (
+                None if part is None else torch.from_numpy(part).to(ranks.device) for part in read
+            )
+            assert tokens is not None and valid is not None
+            total += engine.loss(objective.batch(tokens, valid, documents)).double().cpu()
         if validation.tokens:
             loss = float(ranks.sum(total)) / validation.tokens
             metrics[f"validation/{name}/loss"] = loss

@@ -36,6 +36,7 @@ CLASSES: dict[str, FieldClass] = {
     "data.fetch_threads": "free",
     "data.prefetch_blocks": "free",
     "batch_tokens": "segment",
+    "batch_ramp": "segment",
     "micro_batch_seqs": "free",
     "train_tokens": "segment",
     "optim": "identity",
@@ -48,6 +49,7 @@ CLASSES: dict[str, FieldClass] = {
     "checkpoint": "free",
     "guard": "free",
     "preflight": "free",
+    "profile": "free",
     "track": "free",
     "resume": "free",
     "fork_from": "free",  # once begun, another one is refused (pretrain.parent.check_same_parent)
@@ -59,7 +61,7 @@ CLASSES: dict[str, FieldClass] = {
 
 # Identity fields that came later, with their defaults. At its default such a field is no part of a run's identity, so
 # that what was written before it was there is still of the same run.
-ADDED: dict[str, object] = {"data.document_mask": False}
+ADDED: dict[str, object] = {"data.document_mask": False, "model.norm": "pre", "model.band": None}
 
 
 def field_class(path: str) -> FieldClass:

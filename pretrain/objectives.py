@@ -16,6 +16,9 @@ class Batch(NamedTuple):
     inputs: Tensor  # int64 [B, T]
     targets: Tensor  # int64 [B, T]
     weights: Tensor  # float32 [B, T]; the share of each target in the loss, 0 where it does not count
+    documents: Tensor | None = (
+        None  # int [B, T], which document of its row each input is of; None: rows are not divided
+    )
 
 
 class NextToken(Section):
@@ -23,11 +26,14 @@ class NextToken(Section):
 
     kind: Literal["next_token"] = "next_token"
 
-    def batch(self, tokens: Tensor, valid: Tensor) -> Batch:
-        """From rows int64[B, T + 1], of which the first `valid` int64[B] targets count: T, or 0 in a filler row."""
+    def batch(self, tokens: Tensor, valid: Tensor, documents: Tensor | None = None) -> Batch:
+        """From rows int64[B, T + 1], of which the first `valid` int64[B] targets count: T, or 0 in a filler row.
+
+        The last target of a document is the first token of the next, as without `documents` int[B, T].
+        """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         places = torch.arange(targets.size(1), device=tokens.device)
-        return Batch(inputs, targets, (places < valid[:, None]).float())
+        return Batch(inputs, targets, (places < valid[:, None]).float(), documents)
 
 
 Objective = NextToken

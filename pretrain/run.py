@@ -20,7 +20,8 @@ from pretrain.models import Model
 from pretrain.objectives import NextToken, Objective
 from pretrain.optim import Optim
 from pretrain.preflight import Preflight
-from pretrain.schedule import Schedule
+from pretrain.profile import Profile
+from pretrain.schedule import BatchRamp, Schedule, step_pieces
 from pretrain.track import Track
 
 
@@ -41,6 +42,7 @@ class TrainRun(Section):
     objective: Objective = NextToken()
     data: Data
     batch_tokens: Int = Field(gt=0)
+    batch_ramp: BatchRamp | None = None  # null: batch_tokens from the first step on
     micro_batch_seqs: Int = Field(gt=0)
     train_tokens: Int = Field(gt=0)
     optim: Optim
@@ -50,6 +52,7 @@ class TrainRun(Section):
     checkpoint: Checkpoints = Checkpoints()
     guard: Guard = Guard()
     preflight: Preflight = Preflight()
+    profile: Profile = Profile()
     track: tuple[Track, ...] = ()
     resume: str = "auto"  # auto, never, must, or the path of a checkpoint
     fork_from: Annotated[str, AfterValidator(_absolute)] | None = None  # RUN@step: a new run with its training state
@@ -64,6 +67,18 @@ class TrainRun(Section):
             raise ValueError(
                 f"batch_tokens: {self.batch_tokens} is less than one sequence of data.seq_tokens {self.data.seq_tokens}"
             )
+        if self.batch_ramp is not None:
+            ramp, seq = self.batch_ramp, self.data.seq_tokens
+            if not seq <= ramp.start_tokens <= self.batch_tokens:
+                raise ValueError(
+                    f"batch_ramp.start_tokens: expected from data.seq_tokens {seq} to batch_tokens "
+                    f"{self.batch_tokens}, got {ramp.start_tokens}"
+                )
+            if ramp.increment_tokens is not None and ramp.increment_tokens < seq:
+                raise ValueError(
+                    f"batch_ramp.increment_tokens: {ramp.increment_tokens} is less than one sequence of "
+                    f"data.seq_tokens {seq}"
+                )
         if self.data.seq_tokens > self.model.context:
             raise ValueError(
                 f"data.seq_tokens: {self.data.seq_tokens} is longer than model.context {self.model.context}"
@@ -84,8 +99,14 @@ class TrainRun(Section):
 
     @property
     def batch_seqs(self) -> int:
-        """Sequences per step: `batch_tokens` rounded down to whole ones."""
+        """Sequences per step, once a ramp is over: `batch_tokens` rounded down to whole ones."""
         return self.batch_tokens // self.data.seq_tokens
+
+    def step_pieces(self, from_sample: int) -> list[tuple[int, int]]:
+        """(sample, sequences per step) from `from_sample` on, where a step begins."""
+        if self.batch_ramp is None:
+            return [(from_sample, self.batch_seqs)]
+        return step_pieces(self.batch_ramp.stages(self.data.seq_tokens, self.batch_seqs), from_sample)
 
     def identity(self) -> dict[str, Any]:
         """The fields that a resume may not change, by dotted path."""

@@ -1,4 +1,6 @@
-"""The learning rate as a pure function of tokens: a factor from 0 to 1 that multiplies `optim.lr_peak`.
+"""The learning rate and the batch size as pure functions of tokens.
+
+The learning rate is a factor from 0 to 1 that multiplies `optim.lr_peak`.
 
 `tokens` are those consumed once the step is done, this step's included: the first step of a warm-up is not lost at 0,
 and the step that reaches `train_tokens` has exactly the last value.
@@ -7,6 +9,7 @@ and the step that reaches `train_tokens` has exactly the last value.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -87,7 +90,8 @@ class Linear(_Decay):
 
 
 class WarmupStableDecay(_WarmUp):
-    """The peak, then a straight line down over the last `cooldown_tokens` of the training (MiniCPM, Hu et al. 2024)."""
+    """The peak (MiniCPM, Hu et al. 2024, section 4), then down over the last `cooldown_tokens` of the training; in a
+    straight line, as Hägele et al. 2024 (section 3) have it, where MiniCPM's falls exponentially."""
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     cooldown_tokens: Int = Field(gt=0)
@@ -99,3 +103,41 @@ class WarmupStableDecay(_WarmUp):
 
 
 Schedule = Annotated[Constant | Cosine | Linear | WarmupStableDecay, Field(discriminator="kind")]
+
+
+class BatchRamp(Section):
+    """A batch that grows with the tokens in a straight line, from `start_tokens` to the run's `batch_tokens` over the
+    first `over_tokens` (Brown et al. 2020, appendix B).
+
+    It grows by whole increments: a step takes the largest of start, start + increment, ..., `batch_tokens` that the
+    line has reached where the step begins. The line counts every sample, those that are skipped too.
+    """
+
+    start_tokens: Int = Field(gt=0)
+    over_tokens: Int = Field(gt=0)
+    increment_tokens: Int | None = Field(None, gt=0)  # null: start_tokens
+
+    def stages(self, seq_tokens: int, batch_seqs: int) -> list[tuple[int, int]]:
+        """(sample, sequences per step): the batch and from which sample on the line has reached it, growing."""
+        start = self.start_tokens // seq_tokens
+        increment = (self.increment_tokens or self.start_tokens) // seq_tokens
+        span = batch_seqs - start
+        sizes = [*range(start, batch_seqs, increment), batch_seqs]
+        return [(-(-self.over_tokens * (size - start) // (max(span, 1) * seq_tokens)), size) for size in sizes]
+
+
+def step_pieces(stages: Sequence[tuple[int, int]], from_sample: int) -> list[tuple[int, int]]:
+    """(sample, sequences per step) from `from_sample` on, where a step begins: each stage, from the first step that
+    begins in it. A stage that no step begins in is left out."""
+    at, batch = from_sample, max(size for sample, size in stages if sample <= from_sample)
+    pieces = [(at, batch)]
+    for sample, size in stages:
+        if size <= batch:
+            continue
+        if sample > at:
+            at += -(-(sample - at) // batch) * batch
+            pieces.append((at, size))
+        else:
+            pieces[-1] = (at, size)
+        batch = size
+    return pieces

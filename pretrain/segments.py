@@ -183,7 +183,7 @@ def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
         )
     everything = {name: max(r.generations.get(name, 0) for r in records) for r in records for name in r.generations}
     pools = corpora.pools(everything)
-    steps = Steps([(from_sample, run_.batch_seqs) for from_sample, run_ in runs])
+    steps = Steps(_step_pieces(runs))
     ranges = [(begin, end) for r in records for begin, end in r.skips]
     withdrawn = [(r.from_sample, r.withdrawn.ranges()) for r in records if r.withdrawn is not None]
     skips = Skips(ranges)
@@ -263,6 +263,17 @@ class _Drawn:
             del self.limits[found.source]
             self.left_out.append(found)
         return None
+
+
+def _step_pieces(runs: Sequence[tuple[int, TrainRun]]) -> list[tuple[int, int]]:
+    """Those of each configuration, up to where the next one begins."""
+    ends = [*(from_sample for from_sample, _ in runs[1:]), None]
+    return [
+        (sample, batch)
+        for (from_sample, run), end in zip(runs, ends, strict=True)
+        for sample, batch in run.step_pieces(from_sample)
+        if end is None or sample < end
+    ]
 
 
 def _refusal(found: Exhausted, run: TrainRun, end_step: int, steps: Steps) -> ConfigError:

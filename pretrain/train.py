@@ -76,10 +76,12 @@ def _loop(a: Attempt) -> int:
         evaluated = a.evaluate()
     for batch, waited in timed(a.stream.batches(a.position.step, a.last_step)):
         begun = time.perf_counter()
+        a.profiler.before(batch.step + 1, waited)
         now = a.course.at(batch.step)
         count = int(a.course.tokens(batch.step + 1) - a.course.tokens(batch.step))
         rates = now.optim.rates(now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens))
-        outcome = a.engine.step(a.feed(batch), count, rates) if count else SKIPPED_WHOLE
+        outcome = a.engine.step(a.feed(batch), count, rates, a.noise(batch.step)) if count else SKIPPED_WHOLE
+        a.profile_until(batch.step + 1)
         a.advance(batch)
         a.post(outcome, rates.lr, time.perf_counter() - begun, waited)
         last = a.position.step == a.last_step

@@ -22,7 +22,7 @@ from tests.processes import RankProcess, environment, free_port
 RUN = """
 name: small
 run_folder: {folder}/run
-model: {{kind: gpt, layers: 2, width: 32, heads: 2, context: 64, vocab_size: 509}}
+model: {{kind: gpt, layers: 2, width: 32, heads: 2, context: 64, vocab_size: 509{model}}}
 data:
   seq_tokens: 64
   sources:
@@ -46,14 +46,14 @@ def zero(stage: int, precision: str = "fp32") -> str:
     return f"{{kind: deepspeed, zero_stage: {stage}, precision: {precision}}}"
 
 
-def write_run(folder: Path, engine: str = TORCH, steps: int = 40) -> Path:
-    """Two corpora and the config of a run over them; its path."""
+def write_run(folder: Path, engine: str = TORCH, steps: int = 40, model: str = "") -> Path:
+    """Two corpora and the config of a run over them; its path. `model` is added to the model's keys."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(("alpha", "beta")):
         if not (folder / name).exists():
             make_corpus(folder / name, seed + 1, slices=1)
     path = folder / "run.yaml"
-    path.write_text(RUN.format(folder=folder, engine=engine, tokens=steps * 640))
+    path.write_text(RUN.format(folder=folder, engine=engine, tokens=steps * 640, model=model))
     return path
 
 

@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.engine.plain import Torch
-from pretrain.engine.state import Outcome, State
+from pretrain.engine.state import Outcome, State, StepTimer
 from pretrain.engine.zero import DeepSpeed
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Rates
 
@@ -28,9 +29,13 @@ class Engine(Protocol):
     """What the loop and the checkpoints ask of an engine."""
 
     module: nn.Module
+    timer: StepTimer
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
-        """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks."""
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+        """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks.
+
+        `noise` gives each micro-batch its random numbers; a model without dropout needs none.
+        """
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted sum of a batch's losses in fp32, without gradients."""

@@ -1,6 +1,7 @@
 """The reference engine: torch alone. Data parallel, every rank holding all of the state.
 
-bf16 means bf16 compute copies of fp32 masters, with gradients accumulated and reduced, and moments kept, in fp32.
+bf16 means bf16 compute copies of fp32 masters, with gradients accumulated and reduced, and moments kept, in fp32;
+fp16 likewise, with a dynamic loss scale.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs import Bool, Section
-from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
+from pretrain.engine.recompute import recompute_blocks
+from pretrain.engine.scale import LossScale, until_applied
+from pretrain.engine.settings import Computation
+from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.models.loss import loss_plan, plan_losses
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-class Torch(Section):
+
+class Torch(Computation):
     """torch alone: DDP-like, nothing sharded."""
 
     kind: Literal["torch"] = "torch"
-    precision: Literal["fp32", "bf16"] = "bf16"
-    compile: Bool = False
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> PlainEngine:
         """An engine over a model that holds its initial values in fp32."""
@@ -36,8 +41,12 @@ class PlainEngine:
     """Masters in one flat fp32 buffer, gradients in another; the model's parameters are views or bf16 copies."""
 
     def __init__(self, settings: Torch, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
+        settings.check_device(ranks.device)
         self.module, self.optim, self.ranks = model.to(ranks.device), optim, ranks
-        self.timer = ForwardTimer(ranks.device)
+        self.timer = StepTimer(ranks.device)
+        self.scale = LossScale() if settings.precision == "fp16" else None
+        plan_losses(model, loss_plan(settings.loss, ranks.device))
+        recompute_blocks(model, settings.recompute)
         named = dict(model.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.parameters = list(named.values())
@@ -46,9 +55,9 @@ class PlainEngine:
         flat = torch.cat([p.detach().reshape(-1).float() for p in self.parameters])
         self.masters = _views(flat, self.parameters, sizes)
         self.gradients = _views(self.gradient, self.parameters, sizes)
-        self.reduced = settings.precision == "bf16"
+        self.reduced = settings.precision != "fp32"
         for parameter, master, gradient in zip(self.parameters, self.masters, self.gradients, strict=True):
-            parameter.data = master.bfloat16() if self.reduced else master
+            parameter.data = master.to(DTYPES[settings.precision])
             parameter.grad = None if self.reduced else gradient
             master.grad = gradient
         masters = dict(zip(named, self.masters, strict=True))
@@ -57,29 +66,41 @@ class PlainEngine:
             for group in optim.groups(model)
         ]
         self.optimizer = optim.over(groups)
-        self.forward = torch.compile(model, dynamic=False) if settings.compile else model
+        self.forward = torch.compile(model, dynamic=False) if settings.compiles(ranks.device) else model
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
-        """See `Engine.step`."""
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+        """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
+        set_rates(self.optimizer.param_groups, rates)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
+
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
         self.gradient.zero_()
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
-        for batch in batches:
+        scale = 1.0 if self.scale is None else self.scale.scale
+        for i, batch in enumerate(batches):
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.forward(*batch) / count
-            loss.backward()
-            total += loss.detach()
-            if self.reduced:
-                self._accumulate()
+            with self.timer.part("backward"):
+                (loss if scale == 1 else loss * scale).backward()
+                total += loss.detach()
+                if self.reduced:
+                    self._accumulate()
         if self.ranks.size > 1:
-            dist.all_reduce(self.gradient)
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        if not math.isfinite(norm):
-            return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
-        if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
-            self.gradient.mul_(self.optim.clip_norm / (norm + 1e-6))
-        set_rates(self.optimizer.param_groups, rates)
-        self.optimizer.step()
-        self._refresh()
+            with self.timer.part("communication"):
+                dist.all_reduce(self.gradient)
+        with self.timer.part("optimizer"):
+            norm = float(torch.linalg.vector_norm(self.gradient)) / scale
+            if not math.isfinite(norm):
+                return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
+            shrink = 1.0 / scale
+            if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
+                shrink *= self.optim.clip_norm / (norm + 1e-6)
+            if shrink != 1:
+                self.gradient.mul_(shrink)
+            self.optimizer.step()
+            self._refresh()
         return Outcome(float(total), norm, applied=True, forward_s=self.timer.take())
 
     @torch.no_grad()
@@ -101,17 +122,19 @@ class PlainEngine:
             for i, (name, m) in enumerate(zip(self.shapes, self.masters, strict=True))
         ]
         steps = {n: float(self.optimizer.state[m]["step"]) for n, m in zip(self.shapes, self.masters, strict=True)}
-        return State(self.shapes, flats, held, share(self.shapes, self.ranks.rank, self.ranks.size), steps)
+        owned = share(self.shapes, self.ranks.rank, self.ranks.size)
+        return State(self.shapes, flats, held, owned, steps, self.scale)
 
     def loaded(self, state: State) -> None:
         """See `Engine.loaded`."""
         for name, master in zip(self.shapes, self.masters, strict=True):
             self.optimizer.state[master]["step"].fill_(state.steps[name])
+        self.scale = state.loss_scale
         self._refresh()
 
     @torch.no_grad()
     def _accumulate(self) -> None:
-        """Add the bf16 gradients of one micro-batch to the fp32 sum."""
+        """Add the gradients of one micro-batch to the fp32 sum."""
         grads = [p.grad for p in self.parameters]
         torch._foreach_add_(self.gradients, [g.float() for g in grads if g is not None])
         for parameter in self.parameters:

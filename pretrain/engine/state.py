@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.failpoints import fail_at
+from pretrain.engine.scale import LossScale
 
 MASTER = "fp32"
+PART = "step: "  # before the name of a part, in a profile
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,33 @@ class Outcome:
     forward_s: float = 0.0  # of this rank's forward passes, in which it waits for no other
 
 
-class ForwardTimer:
-    """Adds up the seconds of a step's forward passes; on a GPU by events, read when the step has ended there."""
+class StepTimer:
+    """Adds up the seconds of a step's forward passes; on a GPU by events, read when the step has ended there.
+
+    Names the parts of a step to torch's profiler. While `exact`, a part ends when the GPU is done with it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
+        self.exact = False
 
     @contextmanager
     def forward(self) -> Iterator[None]:
+        """One forward pass."""
         begun = self._now()
         fail_at("engine.forward")
-        yield
+        with self.part("forward"):
+            yield
         self._spans.append((begun, self._now()))
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the step: forward, backward, communication or optimizer."""
+        with torch.profiler.record_function(f"{PART}{name}"):
+            yield
+            if self.exact and self._on_gpu:
+                torch.cuda.synchronize()
 
     def take(self) -> float:
         """The seconds since the last call. On a GPU the device must have come past them."""
@@ -76,7 +92,7 @@ class State:
 
     `flats[i]` maps a kind (fp32, exp_avg, exp_avg_sq, ...) to a 1-D tensor; all kinds of a flat have one shape.
     `held` is what the rank needs, `owned` what it writes: over all ranks the owned fragments of each parameter
-    tile it exactly. `steps` is the optimizer's own step count by parameter name.
+    tile it exactly. `steps` is the optimizer's own step count by parameter name, `loss_scale` that of fp16.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -84,6 +100,7 @@ class State:
     held: list[Fragment]
     owned: list[Fragment]
     steps: dict[str, float] = field(default_factory=dict)
+    loss_scale: LossScale | None = None
 
 
 def share(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> list[Fragment]:

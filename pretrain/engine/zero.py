@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,37 +17,59 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from configs import Bool, ConfigError, Int, Section
-from pretrain.engine.state import ForwardTimer, Fragment, Outcome, State, optimizer_state, share
+from configs import ConfigError, Int
+from pretrain.engine.recompute import recompute_blocks
+from pretrain.engine.scale import LossScale, until_applied
+from pretrain.engine.settings import Computation, Offload
+from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.models.loss import loss_plan, plan_losses
+from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Optim, Rates, set_rates
 from pretrain.ranks import Ranks
 
-FLOOR = (0, 19, 8)
+BUCKET = 500_000_000  # elements that are reduced or gathered at a time
+FLOOR = (0, 19, 8)  # what reads DeepSpeed's insides here was tried with it
+TORCH_FLOOR = (2, 11)
+KNOWN_BAD = [  # from, up to but not: what goes wrong there, newest first; issues of deepspeedai/DeepSpeed
+    ((0, 18, 3), (0, 19, 4), "ZeRO 2 in bf16 reduces wrong gradients over ranks (#8224)"),
+    ((0, 18, 5), (0, 18, 7), "its hooks make a step 2.5 times as long (#7886)"),
+    ((0, 17, 6), (0, 18, 3), "ZeRO 2 computes wrong gradients (#7718)"),
+    ((0, 0, 0), (0, 19, 0), "offloading drops gradients (#7967, #7981)"),
+    ((0, 0, 0), FLOOR, "gradients go wrong silently in known ways"),
+]
 
 
-class DeepSpeed(Section):
+class DeepSpeed(Computation):
     """DeepSpeed ZeRO: 1 shards optimizer state and masters, 2 gradients too, 3 the weights too; 0 shards nothing."""
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Int = Field(default=1, ge=0, le=3)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    compile: Bool = False
+    offload: Offload = Offload()
 
     @model_validator(mode="after")
-    def _refuse_stage_0_in_bf16(self) -> DeepSpeed:
-        if self.zero_stage == 0 and self.precision == "bf16":
+    def _refuse_what_deepspeed_does_wrong(self) -> DeepSpeed:
+        if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
-                "zero_stage 0 with bf16 trains wrong in DeepSpeed: its optimizer takes a step on zero gradients when "
-                "built (deepspeedai/DeepSpeed PR 5104); use zero_stage 1, which on one GPU shards nothing, or torch"
+                f"zero_stage 0 with {self.precision} trains wrong in DeepSpeed: its optimizer takes a step on zero "
+                f"gradients when built (deepspeedai/DeepSpeed PR 5104); use zero_stage 1, which on one GPU shards "
+                f"nothing, or torch"
             )
+        if self.zero_stage == 0 and self.offload.optimizer:
+            raise ValueError("offload.optimizer needs zero_stage 1, 2 or 3, got 0")
+        if self.zero_stage < 3 and self.offload.parameters:
+            raise ValueError(f"offload.parameters needs zero_stage 3, got {self.zero_stage}")
         return self
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> ZeroEngine:
         """An engine over a model that holds its initial values in fp32."""
         return ZeroEngine(self, model, optim, ranks)
 
-    def deepspeed_config(self, clip_norm: float | None) -> dict[str, Any]:
+    def compiles(self, device: torch.device) -> bool:
+        """See `Computation.compiles`. At stage 3 every module's hooks break the graph, so that little is gained."""
+        return super().compiles(device) and (self.compile is not None or self.zero_stage < 3)
+
+    def deepspeed_config(self, clip_norm: float | None, parameters: int = BUCKET) -> dict[str, Any]:
         """The dict that DeepSpeed is given. The loop owns accumulation, schedule, logging and checkpoints."""
         return {
             "train_micro_batch_size_per_gpu": 1,  # nominal: the loop feeds what it likes
@@ -54,58 +77,88 @@ class DeepSpeed(Section):
             "gradient_clipping": clip_norm or 0.0,  # the default is 1.0 since 0.19.3
             "steps_per_print": 2**62,
             "bf16": {"enabled": self.precision == "bf16"},
-            "data_types": {"grad_accum_dtype": "fp32"},  # the default accumulates in bf16
+            "fp16": {"enabled": self.precision == "fp16", "loss_scale_window": 2**62},  # the scale is ours to move
+            "data_types": {"grad_accum_dtype": "fp32"},  # the default accumulates in the precision of the weights
             "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "round_robin_gradients": False,  # makes the fragment addresses wrong
-                "memory_efficient_linear": False,  # stage 3 would replace torch's linear in the whole process
-                "overlap_comm": False,
-                "reduce_bucket_size": 500_000_000,
-                "allgather_bucket_size": 500_000_000,
-            },
+            "zero_force_ds_cpu_optimizer": False,  # torch's, as without offload; DeepSpeed's needs a C++ compiler
+            "zero_optimization": self._zero_config(parameters),
         }
+
+    def _zero_config(self, parameters: int) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "stage": self.zero_stage,
+            "round_robin_gradients": False,  # makes the fragment addresses wrong
+            "memory_efficient_linear": False,  # stage 3 would replace torch's linear in the whole process
+            "overlap_comm": False,
+            # At stage 1 gradients stay where backward left them: a hook per parameter and micro-batch, and two copies
+            # of all gradients, less.
+            "contiguous_gradients": self.zero_stage > 1,
+            "reduce_bucket_size": min(BUCKET, parameters),  # a buffer of so many is made in every backward pass
+            "allgather_bucket_size": BUCKET,
+        }
+        pinned = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if self.offload.optimizer:
+            config["offload_optimizer"] = pinned
+        if self.offload.parameters:
+            config["offload_param"] = pinned
+        return config
 
 
 class ZeroEngine:
     """A DeepSpeed engine behind our interface."""
 
     def __init__(self, settings: DeepSpeed, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
+        settings.check_device(ranks.device)
         deepspeed = _import()
         self.settings, self.optim, self.ranks = settings, optim, ranks
-        self.timer = ForwardTimer(ranks.device)
+        self.timer = StepTimer(ranks.device)
+        self.scale = LossScale() if settings.precision == "fp16" else None
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        plan_losses(model, loss_plan(settings.loss, ranks.device))
+        recompute_blocks(model, settings.recompute)
         model = model.to(ranks.device)
         groups = [{key: g[key] for key in ("params", "decays", "weight_decay")} for g in optim.groups(model)]
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.over(groups),
-            config=settings.deepspeed_config(optim.clip_norm),
+            config=settings.deepspeed_config(optim.clip_norm, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module
-        if settings.compile:
+        if self.scale is not None:
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard decides
+        if settings.compiles(ranks.device):
             self.engine.compile(compile_kwargs={"dynamic": False})
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates) -> Outcome:
-        """See `Engine.step`. DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
+    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+        """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
         set_rates(self.engine.optimizer.param_groups, rates)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
+
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
+        """DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
+        if self.scale is not None:
+            self.engine.optimizer.loss_scaler.cur_scale = self.scale.scale
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            if noise is not None:
+                noise.begin(i)
             with self.timer.forward():
                 loss = self.engine(*batch)
-            self.engine.backward(loss * (self.ranks.size / count))
-            total += loss.detach().float() / count
-        norm = self._norm_without_zero() if self.settings.zero_stage == 0 else None
-        if norm is not None and not math.isfinite(norm):
-            self.engine.zero_grad()
-            return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
-        skipped = self.engine.skipped_steps
-        self.engine.step()
-        if norm is None:
-            norm = float(self.engine.get_global_grad_norm())
+            with self.timer.part("backward"):
+                self.engine.backward(loss * (self.ranks.size / count))
+                total += loss.detach().float() / count
+        with self.timer.part("optimizer"):
+            norm = self._norm_without_zero() if self.settings.zero_stage == 0 else None
+            if norm is not None and not math.isfinite(norm):
+                self.engine.zero_grad()
+                return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
+            skipped = self.engine.skipped_steps
+            self.engine.step()
+            if norm is None:
+                norm = float(self.engine.get_global_grad_norm())
         applied = self.engine.skipped_steps == skipped and math.isfinite(norm)
         return Outcome(float(total), norm, applied, self.timer.take())
 
@@ -121,11 +174,14 @@ class ZeroEngine:
 
     def state(self) -> State:
         """See `Engine.state`."""
-        return _Flats(self.engine, self.shapes, self.ranks).state()
+        state = _Flats(self.engine, self.shapes, self.ranks).state()
+        state.loss_scale = self.scale
+        return state
 
     def loaded(self, state: State) -> None:
         """See `Engine.loaded`."""
         _Flats(self.engine, self.shapes, self.ranks).refresh(state)
+        self.scale = state.loss_scale
 
     def _norm_without_zero(self) -> float:
         """DeepSpeed gives no norm at stage 0: taken here from the reduced gradients, before it clips them."""
@@ -206,6 +262,27 @@ class _Flats:
         return fragments
 
 
+def check_versions(deepspeed: str, pytorch: str) -> None:
+    """Raise ConfigError for versions that are known to go wrong, with what goes wrong."""
+    version = _numbers(deepspeed)
+    for begin, end, what in KNOWN_BAD:
+        if begin <= version < end:
+            floor = ".".join(map(str, FLOOR))
+            raise ConfigError(
+                f"deepspeed {deepspeed}: {what}; expected {floor} or later: pip install -c constraints.txt deepspeed"
+            )
+    if _numbers(pytorch) < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise ConfigError(
+            f"torch {pytorch} with deepspeed {deepspeed}: never tried together; expected torch {floor} or later: "
+            f"pip install -c constraints.txt torch, or engine.kind: torch"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
 def _import() -> Any:
     """deepspeed, its version checked, and without the compiled CPU collective that would need a C++ compiler."""
     if not torch.cuda.is_available():
@@ -213,12 +290,7 @@ def _import() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
-    if version < FLOOR:
-        raise ConfigError(
-            f"deepspeed {deepspeed.__version__} is older than {'.'.join(map(str, FLOOR))}, below which gradients go "
-            f"wrong silently in known ways; pip install -c constraints.txt deepspeed"
-        )
+    check_versions(deepspeed.__version__, torch.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)

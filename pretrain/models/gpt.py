@@ -1,4 +1,8 @@
-"""GPT-2 (Radford et al. 2019, section 2.3): a decoder-only transformer that normalizes the input of each sub-block.
+"""The GPT family: decoder-only transformers, one after the other a line or two apart.
+
+GPT-1 (Radford et al. 2018, section 4.1) normalizes what each sub-block adds up to, as Vaswani et al. 2017 do.
+GPT-2 (Radford et al. 2019, section 2.3) normalizes the input of each sub-block instead, and once more at the end.
+GPT-3 (Brown et al. 2020, section 2.1) is GPT-2 with every second layer's attention locally banded.
 
 Shapes: B sequences, T tokens, C the width, H heads of D = C / H, V the vocabulary.
 Every weight is read in the forward of the module that owns it, so ZeRO-3 can bring it and take it away.
@@ -15,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs import Bool, Float, Int, Section
-from pretrain.models.attention import Past, dense
-
-ATTENTION = {"dense": dense}
+from pretrain.models.attention import Past, Seen, attend, positions_within, see
+from pretrain.models.loss import Head
 
 
 class Gpt(Section):
@@ -30,7 +33,9 @@ class Gpt(Section):
     context: Int = Field(gt=0)  # positions, the longest sequence
     vocab_size: Int = Field(gt=0)  # that of the token shards
     mlp_ratio: Int = Field(4, gt=0)
-    attention: tuple[Literal["dense"], ...] = ("dense",)
+    norm: Literal["pre", "post"] = "pre"  # before each sub-block, or after it has been added
+    attention: tuple[Literal["dense", "banded"], ...] = ("dense",)
+    band: Int | None = Field(None, gt=0)  # tokens that a position of a banded layer sees, itself included
     bias: Bool = True
     tied: Bool = True  # the output layer is the token embedding
     dropout: Float = Field(0.0, ge=0, lt=1)
@@ -42,7 +47,16 @@ class Gpt(Section):
             raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
         if not self.attention:
             raise ValueError("attention must name the kind of at least one layer, got []")
+        if ("banded" in self.attention) != (self.band is not None):
+            got = f"attention [{', '.join(self.attention)}] and band {'null' if self.band is None else self.band}"
+            raise ValueError(f"band is the width of banded layers: expected both or neither, got {got}")
         return self
+
+    @property
+    def bands(self) -> list[int | None]:
+        """The band of each layer, None where it is dense: the pattern repeated."""
+        pattern = [self.band if kind == "banded" else None for kind in self.attention]
+        return [pattern[layer % len(pattern)] for layer in range(self.layers)]
 
     def build(self) -> GPT:
         """The model on torch's current default device, its values still to be set (weights.initialize)."""
@@ -57,31 +71,31 @@ class Gpt(Section):
         """Floating-point operations to train on one token: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B).
 
         N counts every parameter but those that are only looked up: the positions, and an untied token embedding (a tied
-        one is the output layer, which is a product). Attention counts as dense though half of it is masked; neither a
-        padded vocabulary nor recomputation counts.
+        one is the output layer, which is a product). Attention counts all T tokens though half of them are masked, in a
+        banded layer its band; neither a padded vocabulary nor recomputation counts, nor what a document mask saves.
         """
         looked_up = self.context + (0 if self.tied else self.vocab_size)
         products = self.parameter_count() - looked_up * self.width
-        return 6 * products + 12 * self.layers * self.width * seq_tokens
+        keys = sum(min(band or seq_tokens, seq_tokens) for band in self.bands)
+        return 6 * products + 12 * keys * self.width
 
 
 class Attention(nn.Module):
     """Heads side by side: each attends in its own D of the C channels; one projection mixes them."""
 
-    def __init__(self, config: Gpt, kind: str) -> None:
+    def __init__(self, config: Gpt) -> None:
         super().__init__()
         self.head_width = config.width // config.heads
-        self.attend = ATTENTION[kind]
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
         self.project = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen, past: Past | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; `past` is extended by these T positions."""
         q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
         if past is not None:
             k, v = past.extend(k, v)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, seen, self.dropout if self.training else 0.0)
         merged: Tensor = self.project(y.transpose(1, 2).flatten(2))  # [B, H, T, D] -> [B, T, C]
         return merged
 
@@ -105,25 +119,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); GPT-1: norm(x + attention(x)), then norm(x + mlp(x))."""
 
-    def __init__(self, config: Gpt, kind: str) -> None:
+    def __init__(self, config: Gpt) -> None:
         super().__init__()
+        self.norm_first = config.norm == "pre"
         self.norm_attention = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
-        self.attention = Attention(config, kind)
+        self.attention = Attention(config)
         self.norm_mlp = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
         self.dropout = _dropout(config)
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Seen, past: Past | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), past))
-        y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        if self.norm_first:
+            x = x + self.dropout(self.attention(self.norm_attention(x), seen, past))
+            y: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        else:
+            x = self.norm_attention(x + self.dropout(self.attention(x, seen, past)))
+            y = self.norm_mlp(x + self.dropout(self.mlp(x)))
         return y
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, the blocks, a last norm, and the output layer."""
+    """Token and position embeddings, the blocks, a last norm where the blocks do not end in one, the output layer."""
 
     def __init__(self, config: Gpt) -> None:
         super().__init__()
@@ -131,10 +150,12 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.embed_positions = nn.Embedding(config.context, config.width)
         self.dropout = _dropout(config)
-        pattern = config.attention
-        self.blocks = nn.ModuleList(Block(config, pattern[i % len(pattern)]) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        if config.norm == "pre":
+            self.norm: nn.Module = nn.LayerNorm(config.width, config.layer_norm_eps, bias=config.bias)
+        else:
+            self.norm = nn.Identity()
+        self.lm_head = Head(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -143,42 +164,43 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        documents: Tensor | None = None,
         past: list[Past] | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens int64[B, T]; with targets int64[B, T] and weights float32[B, T], their loss.
 
         The loss is the weighted sum over all tokens, not a mean: ranks and micro-batches add up, and the caller divides
-        once, by the weights of the whole step. With `past`, from `new_past`, the tokens follow those already in it.
+        once, by the weights of the whole step. With `documents` int[B, T], which document of its row each token is of
+        (it never falls along a row), positions begin again at each and attention stays inside. With `past`, from
+        `new_past`, the tokens follow those already in it.
         """
         start = past[0].length if past else 0
         length = tokens.size(1)
         assert start + length <= self.config.context, "the caller keeps sequences within the context"
         positions = torch.arange(start, start + length, device=tokens.device)
+        if documents is not None:
+            assert past is None, "a past is of one document"
+            positions = positions_within(documents)
         x = self.dropout(self.embed_tokens(tokens) + self.embed_positions(positions))  # [B, T, C]
-        for layer, block in enumerate(self.blocks):
-            x = block(x, past[layer] if past else None)
-        logits: Tensor = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits
-        assert weights is not None
-        return weighted_loss(logits, targets, weights)
+        flexible = past is None and not (self.training and self.config.dropout)
+        seen = {band: see(tokens, band, documents, flexible) for band in set(self.config.bands)}
+        for layer, (band, block) in enumerate(zip(self.config.bands, self.blocks, strict=True)):
+            x = block(x, seen[band], past[layer] if past else None)
+        result: Tensor = self.lm_head(self.norm(x), targets, weights)
+        return result
 
     def new_past(self) -> list[Past]:
         """An empty memory for `forward`, one part per layer."""
-        return [Past() for _ in self.blocks]
+        return [Past(band) for band in self.config.bands]
 
     def initial_std(self, name: str) -> float:
         """The spread of a matrix before training: 0.02, and less for what is added to the residual stream.
 
         GPT-2, section 2.3: the weights of residual layers are scaled by 1 / sqrt(N), N the number of residual layers.
+        GPT-1 norms after adding, so N(0, 0.02) was enough everywhere (section 4.1).
         """
-        return 0.02 / math.sqrt(2 * self.config.layers) if name.endswith("project.weight") else 0.02
-
-
-def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
+        scaled = self.config.norm == "pre" and name.endswith("project.weight")
+        return 0.02 / math.sqrt(2 * self.config.layers) if scaled else 0.02
 
 
 def _dropout(config: Gpt) -> nn.Module:

@@ -11,7 +11,9 @@ import pytest
 import configs
 from data_pipeline import prepare
 from data_pipeline.preparation import Preparation
+from data_pipeline.samples import excerpts
 from data_pipeline.shards import Manifest
+from data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.inputs import REAL, real
 
 SMALL = ["block_tokens=1024", "validation.fraction=0"]
@@ -64,8 +66,14 @@ def test_gpt1s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books/alice.txt").write_text(book.replace("Alice", "Aliceâ€™s ﬁnd", 1), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    overrides = [f"corpora.bookcorpus.paths=[{tmp_path}/books]", "tokenizer.vocab_size=1000", f"out={tmp_path}/out"]
+    books = f"{{bookcorpus: {{kind: bookcorpus, paths: [{tmp_path}/books]}}}}"
+    overrides = [f"corpora={books}", "tokenizer.vocab_size=1000", "tokenizer.characters=60", f"out={tmp_path}/out"]
     preparation = configs.load(Preparation, configs.CONFIGS / "data/gpt1.yaml", [*overrides, *SMALL])
     assert preparation.clean.text("Aliceâ€™s ﬁnd") == "Alice’s find"
     prepare.run(preparation)
-    assert head(preparation, "bookcorpus")["counts"]["documents"]["train"] >= 1
+    made = head(preparation, "bookcorpus")
+    assert made["counts"]["documents"]["train"] >= 1 and made["vocab_size"] == 1000
+    assert made["encoder"].startswith("tokenizers ")
+    manifest, tokenizer = Manifest.open(tmp_path / "out/bookcorpus"), Tokenizer.load(tmp_path / "out/tokenizer.json")
+    text = next(excerpts(manifest, tokenizer, "train", 1, 1000))
+    assert "alice was beginning to get very tired of sitting by her sister on the bank, and of" in text

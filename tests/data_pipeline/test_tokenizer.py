@@ -1,7 +1,10 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError
-from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, choose_encoder, pieces, probes, train
+from data_pipeline.tokenizer import (
+    END_OF_TEXT,
+    GivenGpt1Tokenizer,
+    Tokenizer,
+    choose_encoder,
+    pieces,
+    probes,
+    train,
+    train_gpt1,
+)
 from tests.data_pipeline.inputs import real, sentences
 
 TEXTS = [sentences(i, 30) for i in range(40)]
@@ -157,3 +169,100 @@ def test_a_file_that_gigatoken_does_not_know_is_encoded_by_tokenizers(trained: T
     line = choose_encoder(tokenizer)
     assert tokenizer.encoder == "tokenizers" and line.startswith("tokenizers ")
     assert "gigatoken cannot read it" in line or "gigatoken gives other ids" in line
+
+
+# --- GPT-1's kind -----------------------------------------------------------------------------------------------------
+
+GPT1_TEXTS = [*TEXTS, 'Don\'t stop! "Why?" (she asked), naïve.', "IT'S 3 o'clock; we'll go.", *("é" * 3 for _ in "12")]
+
+
+@pytest.fixture(scope="module")
+def gpt1(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("gpt1") / "tokenizer.json"
+    train_gpt1(GPT1_TEXTS, 300, 40, path)
+    return Tokenizer.load(path)
+
+
+def model_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(tokenizer.path.read_text())["model"]
+    return model
+
+
+def test_gpt1s_entries_are_symbols_merges_and_the_mark(gpt1: Tokenizer) -> None:
+    model = model_of(gpt1)
+    symbols = [entry for entry in model["vocab"] if len(entry.removesuffix("</w>")) == 1]
+    assert model["vocab"]["<unk>"] == 0 and gpt1.vocab_size == 300 and gpt1.end_of_text == 299
+    assert len(symbols) + 1 + len(model["merges"]) + 1 == 300
+    assert sum(len(symbol) == 1 for symbol in symbols) <= 40
+
+
+def test_gpt1s_bytes_are_the_same_in_any_order_and_process(gpt1: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "again.json"
+    program = (
+        "import sys; from pathlib import Path; from data_pipeline.tokenizer import train_gpt1\n"
+        "from tests.data_pipeline.test_tokenizer import GPT1_TEXTS\n"
+        "train_gpt1(reversed(GPT1_TEXTS), 300, 40, Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, cwd=Path(__file__).parents[2])
+    assert path.read_bytes() == gpt1.path.read_bytes()
+
+
+def test_gpt1_is_in_lower_case_and_reads_well(gpt1: Tokenizer) -> None:
+    for text, read in [
+        ("Don't  stop!", "don't stop!"),
+        ("Why? (She asked),\nwe'll go.", "why? (she asked), we'll go."),
+        ("naïve", "naive"),
+        ("three 猫 go", "three <unk>go"),
+    ]:
+        (ids,) = gpt1.encode_batch([text])
+        assert gpt1.decode(ids) == read
+    (ids,) = gpt1.encode_batch([f"go{END_OF_TEXT}<unk>"])
+    assert gpt1.end_of_text not in ids
+    assert gpt1.decode([*gpt1.encode_batch(["go."])[0], gpt1.end_of_text]) == f"go. {END_OF_TEXT}"
+
+
+def test_gpt1s_ids_are_those_of_transformers(gpt1: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = model_of(gpt1)
+    theirs = transformers.OpenAIGPTTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    for text in [*GPT1_TEXTS, *(probe for probe in probes() if "<" not in probe)]:
+        assert gpt1.encode_batch([text])[0].tolist() == theirs(text)["input_ids"]
+
+
+def test_pieces_never_change_gpt1s_ids(gpt1: Tokenizer) -> None:
+    assert gpt1._cut is not None
+    for text in probes():
+        cut = list(pieces(text, 4, gpt1._cut))
+        whole = gpt1._backend.encode(text, add_special_tokens=False).ids
+        assert [id for part in cut for id in gpt1._backend.encode(part, add_special_tokens=False).ids] == whole
+
+
+def test_gpt1_is_encoded_by_the_library_since_gigatoken_cannot(gpt1: Tokenizer) -> None:
+    assert choose_encoder(gpt1).startswith("tokenizers ")
+    assert gpt1.encoder == "tokenizers"
+
+
+def test_a_released_gpt1_vocabulary_gets_the_mark_as_its_last_id(gpt1: Tokenizer, tmp_path: Path) -> None:
+    model = model_of(gpt1)
+    (tmp_path / "encoder.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (tmp_path / "vocab.bpe").write_text("\n".join(lines) + "\n")
+    given = GivenGpt1Tokenizer(vocabulary=tmp_path / "encoder.json", merges=tmp_path / "vocab.bpe")
+    given.write(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == gpt1.path.read_bytes()
+    assert given.identity() == gpt1.sha256
+    (tmp_path / "vocab.bpe").write_text("no merges\n")
+    with pytest.raises(ConfigError, match=r"encoder\.json, .*vocab\.bpe: not the vocabulary and merges of a GPT-1: "):
+        given.identity()
+
+
+def test_what_is_wrong_with_a_gpt1_vocabulary_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        train_gpt1(GPT1_TEXTS, 82, 40, tmp_path / "tokenizer.json")
+    assert str(error.value) == (
+        "tokenizer.vocab_size: expected more than 82 (tokenizer.characters 40, each also as the end of a word, <unk> "
+        "and <|endoftext|>), got 82"
+    )
+    with pytest.raises(ConfigError, match=r"^tokenizer\.vocab_size: the sample gives only \d+ entries, 5000 asked for"):
+        train_gpt1(GPT1_TEXTS, 5000, 40, tmp_path / "tokenizer.json")
+    assert not list(tmp_path.iterdir())

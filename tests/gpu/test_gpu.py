@@ -40,6 +40,24 @@ def test_compiled_takes_the_same_steps(kind: str, tmp_path: Path, reference: dic
     assert losses == pytest.approx(reference["bf16"], abs=TOLERANCE["bf16"])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", [{"optimizer": True}, {"optimizer": True, "parameters": True}])
+def test_what_is_offloaded_takes_the_same_steps(
+    stage: int, offload: dict[str, bool], tmp_path: Path, reference: dict[str, list[float]]
+) -> None:
+    if offload.get("parameters") and stage < 3:
+        pytest.skip("refused by the configuration")
+    settings = cases.settings("deepspeed", "bf16", stage, offload=offload)
+    losses = on_ranks(tmp_path, 1, cases.losses, settings, 5)[0]
+    assert losses == pytest.approx(reference["bf16"], abs=TOLERANCE["bf16"])
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
+def test_fp16_takes_the_same_steps(kind: str, stage: int, tmp_path: Path, reference: dict[str, list[float]]) -> None:
+    losses = on_ranks(tmp_path, 1, cases.losses, cases.settings(kind, "fp16", stage), 5)[0]
+    assert losses == pytest.approx(reference["fp32"], abs=TOLERANCE["bf16"])
+
+
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import ConfigError, Section, load
-from pretrain.schedule import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+from data_pipeline.order import Steps
+from pretrain.schedule import BatchRamp, Constant, Cosine, Linear, Schedule, WarmupStableDecay, step_pieces
 
 ALL = [
     Constant(warmup_tokens=100),
@@ -88,3 +89,47 @@ def test_an_unknown_schedule_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("schedule: {kind: cosin}\n")
     with pytest.raises(ConfigError, match=r"got 'cosin'; did you mean cosine\?$"):
         load(Run, tmp_path / "run.yaml")
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_grows_by_whole_increments_as_the_line_reaches_them() -> None:
+    ramp = BatchRamp(start_tokens=20, over_tokens=1000)
+    assert ramp.stages(seq_tokens=10, batch_seqs=9) == [(0, 2), (29, 4), (58, 6), (86, 8), (100, 9)]
+    fine = BatchRamp(start_tokens=20, over_tokens=1000, increment_tokens=30)
+    assert fine.stages(seq_tokens=10, batch_seqs=9) == [(0, 2), (43, 5), (86, 8), (100, 9)]
+    assert ramp.stages(seq_tokens=10, batch_seqs=2) == [(0, 2)]
+
+
+def test_stages_begin_with_a_step() -> None:
+    stages = [(0, 2), (29, 4), (58, 6), (86, 8), (100, 9)]
+    assert step_pieces(stages, 0) == [(0, 2), (30, 4), (58, 6), (88, 8), (104, 9)]
+    assert step_pieces(stages, 34) == [(34, 4), (58, 6), (88, 8), (104, 9)]
+    assert step_pieces(stages, 500) == [(500, 9)]
+    assert step_pieces([(0, 2), (1, 3), (2, 4), (3, 5)], 0) == [(0, 2), (2, 4), (6, 5)]  # no step begins in the second
+
+
+def test_gpt3_ramps_in_a_hundred_stages() -> None:
+    stages = BatchRamp(start_tokens=2**15, over_tokens=12 * 10**9).stages(seq_tokens=2048, batch_seqs=1568)
+    assert [size for _, size in stages] == [*range(16, 1568, 16), 1568]
+    assert stages[0] == (0, 16) and stages[-1][0] == 12 * 10**9 // 2048
+
+
+@given(
+    start=st.integers(1, 40), more=st.integers(0, 200), over=st.integers(1, 20_000), increment=st.integers(1, 60),
+    from_step=st.integers(0, 300),
+)  # fmt: skip
+def test_each_step_takes_what_the_line_allows(start: int, more: int, over: int, increment: int, from_step: int) -> None:
+    """Step by step; and from any step on, the pieces are those of the whole."""
+    ramp = BatchRamp(start_tokens=start, over_tokens=over, increment_tokens=increment)
+    stages = ramp.stages(seq_tokens=1, batch_seqs=start + more)
+    steps = Steps(step_pieces(stages, 0))
+    for step in range(from_step, from_step + 30):
+        sample = steps.start(step)
+        line = start + more * min(sample, over) / over
+        allowed = [size for size in [*range(start, start + more, increment), start + more] if size <= line + 1e-9]
+        assert steps.batch(step) == max(allowed)
+    later = steps.start(from_step)
+    again = Steps([(sample - later, batch) for sample, batch in step_pieces(stages, later)])
+    assert all(again.start(step) == steps.start(from_step + step) - later for step in range(60))

@@ -383,6 +383,47 @@ def test_a_batch_size_amended_in_mid_run(folder: Path) -> None:
     assert drawn(course, 0, 300) == drawn(plan_course(run, begun(run)), 0, 300)
 
 
+def test_a_batch_that_grows(folder: Path) -> None:
+    run = run_of(folder, f"batch_ramp.start_tokens={2 * T}", f"batch_ramp.over_tokens={80 * T}")
+    course = plan_course(run, begun(run))
+    assert course.steps.pieces == [(0, 2), (20, 4), (40, 6), (64, 8), (80, 10)]
+    assert course.end_step == 10 + 5 + 4 + 2 + 32
+    assert course.tokens(course.end_step) == 400 * T
+    assert course.order.lanes == 8  # of the batch that most steps have
+    plain = run_of(folder)
+    assert drawn(course, 0, 300) == drawn(plan_course(plain, begun(plain)), 0, 300)
+
+
+def test_a_ramp_goes_on_across_amendments(folder: Path) -> None:
+    run = run_of(folder, f"batch_ramp.start_tokens={2 * T}", f"batch_ramp.over_tokens={80 * T}")
+    records = amended(run, begun(run), 32, "optim.lr_peak=1e-4")  # in the second stage
+    pieces = [(0, 2), (20, 4), (32, 4), (40, 6), (64, 8), (80, 10)]
+    assert plan_course(run, records).steps.pieces == pieces
+    records = amended(run, records, 64, f"batch_ramp.over_tokens={160 * T}")
+    assert plan_course(run, records).steps.pieces == [*pieces[:4], (64, 4), (80, 6), (122, 8), (162, 10)]
+    records = amended(run, records, 80, "batch_ramp=null")
+    assert plan_course(run, records).steps.pieces == [*pieces[:4], (64, 4), (80, 10)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["start_tokens=63"], "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 63"),
+        (
+            ["start_tokens=646"],
+            "batch_ramp.start_tokens: expected from data.seq_tokens 64 to batch_tokens 645, got 646",
+        ),
+        (
+            ["start_tokens=128", "increment_tokens=10"],
+            "batch_ramp.increment_tokens: 10 is less than one sequence of data.seq_tokens 64",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_ramp_is_said(overrides: list[str], message: str, folder: Path) -> None:
+    given = ["batch_ramp.over_tokens=1e4", *(f"batch_ramp.{override}" for override in overrides)]
+    assert refused(lambda: run_of(folder, *given)).endswith(message)
+
+
 def test_two_amendments_of_one_sample_are_one(folder: Path) -> None:
     run = run_of(folder)
     records = amended(run, begun(run), 100, "data.sources.alpha.weight=0", f"batch_tokens={20 * T}")

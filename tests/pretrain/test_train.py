@@ -33,6 +33,21 @@ def test_killed_and_resumed_is_the_same_run_to_the_last_bit(engine: str, ranks: 
     assert later == {step: loss for step, loss in losses(golden, 1).items() if step in later}
 
 
+@pytest.mark.parametrize("engine", [TORCH, zero(1)])
+def test_with_dropout_it_is_the_same_run_too(engine: str, tmp_path: Path) -> None:
+    """And with banded layers, within documents; on two ranks and into a fresh engine, see test_dropout.py."""
+    golden, killed = tmp_path / "golden", tmp_path / "killed"
+    model, overrides = ", dropout: 0.1, attention: [dense, banded], band: 16", ["data.document_mask=true"]
+    run_to_end(write_run(golden, engine, 16, model), 1, *overrides)
+    started = Started(write_run(killed, engine, 16, model), 1, *overrides)
+    started.wait_for_step(13)
+    started.kill()
+    assert "going on from step-10" in run_to_end(killed / "run.yaml", 1, *overrides)
+    (position, state), (golden_position, golden_state) = final_state(killed), final_state(golden)
+    assert position == golden_position
+    assert all(torch.equal(state[name], golden_state[name]) for name in golden_state)
+
+
 @pytest.mark.parametrize(
     ("stage", "before", "after"), [(1, 2, 1), (1, 1, 2), (1, 2, 3), (3, 2, 1), (3, 1, 2), (3, 2, 3)]
 )

@@ -29,9 +29,10 @@ GLOBAL_ROWS, LENGTH = 12, 32
 
 
 def settings(kind: str, precision: str, stage: int = 1, **more: Any) -> Torch | DeepSpeed:
+    more = {"precision": precision, "compile": False, **more}
     if kind == "torch":
-        return build(Torch, {"precision": precision, **more}, "test")
-    return build(DeepSpeed, {"precision": precision, "zero_stage": stage, **more}, "test")
+        return build(Torch, more, "test")
+    return build(DeepSpeed, {"zero_stage": stage, **more}, "test")
 
 
 def make(ranks: Ranks, engine: Torch | DeepSpeed) -> Engine:

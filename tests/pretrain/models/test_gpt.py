@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from configs import CONFIGS, ConfigError, Section, dump, load
 from pretrain.models import Model
-from pretrain.models.gpt import GPT, Gpt, weighted_loss
+from pretrain.models.gpt import GPT, Gpt
+from pretrain.models.loss import weighted_loss
 from pretrain.models.weights import initialize
 
 TINY = Gpt(layers=3, width=48, heads=4, context=32, vocab_size=101)
@@ -44,11 +45,26 @@ def test_every_model_config_loads_and_builds(path: Path) -> None:
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
         ("gpt2-10m", 11_572_160),
+        ("gpt1", 116_535_552),
+        ("gpt3-125m", 125_226_240),
+        ("gpt3-350m", 355_871_744),
+        ("gpt3-760m", 760_300_032),
+        ("gpt3-1.3b", 1_315_723_264),
+        ("gpt3-2.7b", 2_651_553_280),
+        ("gpt3-6.7b", 6_658_404_352),
+        ("gpt3-13b", 12_853_386_240),
+        ("gpt3-175b", 174_604_259_328),
         ("demo", 1_350_400),
     ],
 )
 def test_parameter_counts(name: str, count: int) -> None:
+    """Counted on the meta device, so that 175 B weigh nothing."""
     assert load(Gpt, CONFIGS / f"model/{name}.yaml").parameter_count() == count
+
+
+def test_every_model_config_has_its_count_above() -> None:
+    counted = {case[0] for mark in test_parameter_counts.pytestmark for case in mark.args[1]}
+    assert counted == {path.stem for path in (CONFIGS / "model").glob("*.yaml")}
 
 
 def test_an_untied_model_has_one_more_table() -> None:
@@ -67,6 +83,12 @@ def test_flops_per_token_count_products_not_lookups() -> None:
     assert untied.flops_per_token(16) == TINY.flops_per_token(16)
 
 
+def test_a_banded_layer_costs_its_band() -> None:
+    banded = TINY.model_copy(update={"attention": ("dense", "banded"), "band": 4})
+    assert TINY.flops_per_token(16) - banded.flops_per_token(16) == 12 * 48 * (16 - 4)
+    assert TINY.flops_per_token(3) == banded.flops_per_token(3)
+
+
 def test_flops_per_token_of_the_smallest_gpt2() -> None:
     small = load(Gpt, CONFIGS / "model/gpt2-small.yaml")
     assert small.flops_per_token(1024) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
@@ -78,7 +100,16 @@ def test_flops_per_token_of_the_smallest_gpt2() -> None:
         ("heads=5", "model: width must be a multiple of heads, got width 128 and heads 5"),
         ("layers=0", "model.layers: input should be greater than 0, got 0"),
         ("dropout=1", "model.dropout: input should be less than 1, got 1.0"),
-        ("attention=[sparse]", "model.attention.0: expected 'dense', got 'sparse'"),
+        ("attention=[sparse]", "model.attention.0: expected 'dense' or 'banded', got 'sparse'"),
+        (
+            "attention=[dense, banded]",
+            "model: band is the width of banded layers: expected both or neither, got attention [dense, banded] and "
+            "band null",
+        ),
+        (
+            "band=256",
+            "model: band is the width of banded layers: expected both or neither, got attention [dense] and band 256",
+        ),
         ("attention=[]", "model: attention must name the kind of at least one layer, got []"),
         ("n_layer=3", "model.n_layer: unknown key; did you mean model.layers?"),
     ],

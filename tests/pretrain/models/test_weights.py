@@ -23,6 +23,12 @@ def test_matrices_are_spread_as_the_paper_says() -> None:
     assert sum(name.endswith("project.weight") for name, _ in model.named_parameters()) == 16
 
 
+def test_gpt1_starts_alike_everywhere() -> None:
+    model = Gpt(layers=8, width=64, heads=2, context=32, vocab_size=64, norm="post").build()
+    assert {model.initial_std(name) for name, p in model.named_parameters() if p.ndim == 2} == {0.02}
+    assert "norm.weight" not in dict(model.named_parameters())
+
+
 def test_biases_start_at_0_and_gains_at_1() -> None:
     model = TINY.build()
     initialize(model, seed=1)

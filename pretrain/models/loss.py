@@ -1,0 +1,120 @@
+"""The output layer and the loss it leads to: all logits at once, or those of a few tokens at a time.
+
+Shapes: N tokens, C the width, V the vocabulary. Losses are weighted sums of cross-entropies in nats, in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOGIT_BYTES = 4  # they are exponentiated and summed in fp32
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}  # of logits; below, products become too small to be fast
+SHARE_OF_MEMORY = 8  # logits of a micro-batch above an eighth of it are made by chunks where memory decides
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """How many fp32 logits are held at a time."""
+
+    whole_bytes: float = math.inf  # a micro-batch with no more than this is taken whole
+    chunk_bytes: int = CHUNK_BYTES["cuda"]  # of larger ones
+
+    def chunk_tokens(self, tokens: int, vocabulary: int) -> int:
+        """Of how many tokens the logits are made at a time: all, or a multiple of 128 that `chunk_bytes` holds."""
+        if tokens * vocabulary * LOGIT_BYTES <= self.whole_bytes:
+            return tokens
+        fits = self.chunk_bytes // (LOGIT_BYTES * vocabulary)
+        return min(tokens, max(1, fits // 128 * 128 or fits))
+
+
+def loss_plan(kind: Literal["plain", "chunked"] | None, device: torch.device) -> LossPlan:
+    """The plan that `engine.loss` stands for on a device; None weighs a micro-batch's logits against its memory."""
+    chunk = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    if kind is not None:
+        return LossPlan(math.inf if kind == "plain" else 0, chunk)
+    return LossPlan(device_memory(device) / SHARE_OF_MEMORY, chunk)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+class Head(nn.Linear):
+    """[..., C] -> logits [..., V]; with targets, their loss. The weight is read in this module alone (ZeRO-3)."""
+
+    plan = LossPlan()
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Logits of x [B, T, C]; or the sum of weights fp32[B, T] times the losses for targets int64[B, T]."""
+        if targets is None or weights is None:
+            return super().forward(x)
+        tokens = targets.numel()
+        chunk = self.plan.chunk_tokens(tokens, self.out_features)
+        if chunk >= tokens or self.bias is not None:
+            return weighted_loss(super().forward(x), targets, weights)
+        return chunked_loss(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(), chunk)
+
+
+def plan_losses(model: nn.Module, plan: LossPlan) -> None:
+    """Have the output layers of a model go by a plan."""
+    for module in model.modules():
+        if isinstance(module, Head):
+            module.plan = plan
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
+    losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
+    """What `weighted_loss` gives for the logits hidden [N, C] @ weight [V, C]^T, holding those of `chunk` tokens.
+
+    The gradients are made along with the loss, while a chunk's logits are there: as much work as the plain loss, no
+    logits computed twice (Hsu et al. 2024, Liger Kernel, section 3.2). Those of the weight are summed in fp32.
+    """
+    loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, weights, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int, learns: bool
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if learns else None
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
+        for begin in range(0, hidden.size(0), chunk):
+            x, target, share = (t[begin : begin + chunk] for t in (hidden, targets.unsqueeze(1), weights.unsqueeze(1)))
+            logits = (x @ weight.t()).float()
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_sum - logits.gather(1, target)) * share).sum()
+            if of_hidden is None or of_weight is None:
+                continue
+            gradient = logits.sub_(log_sum).exp_().mul_(share)  # share * (softmax - one-hot), in place
+            gradient = gradient.scatter_add_(1, target, -share).to(hidden.dtype)
+            of_hidden[begin : begin + chunk] = gradient @ weight
+            if hidden.dtype == torch.float32:
+                of_weight.addmm_(gradient.t(), x)
+            else:
+                of_weight += gradient.t() @ x
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        of_hidden, of_weight = ctx.saved_tensors
+        return of_hidden * scale.to(of_hidden.dtype), (of_weight * scale).to(ctx.dtype), None, None, None, None

@@ -1,0 +1,80 @@
+"""The chunked loss against the plain one, and which of them is taken."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pretrain.models.loss import CHUNK_BYTES, Head, LossPlan, chunked_loss, loss_plan, weighted_loss
+
+C, V, T = 24, 131, 40
+
+
+def gradients(dtype: torch.dtype, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, gradient of the hidden states, gradient of the weight; `chunk` None: the plain loss."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(2, T, C, generator=generator).to(dtype).requires_grad_()
+    head = Head(C, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, C, generator=generator))
+    head.to(dtype)
+    targets = torch.randint(V, (2, T), generator=generator)
+    weights = torch.rand(2, T, generator=generator) * (torch.arange(2 * T).view(2, T) % 7 > 0)
+    head.plan = LossPlan() if chunk is None else LossPlan(0, chunk * 4 * V)
+    loss = head(hidden, targets, weights) / 3
+    loss.backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    return loss.detach(), hidden.grad, head.weight.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 80])
+def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
+    for plain, chunked in zip(gradients(torch.float32, None), gradients(torch.float32, chunk), strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_are_about_as_near_to_the_truth_in_bf16_as_the_plain_loss() -> None:
+    exact = gradients(torch.float64, None)
+    plain, chunked = gradients(torch.bfloat16, None), gradients(torch.bfloat16, 16)
+    for true, one, other in zip(exact, plain, chunked, strict=True):
+        assert other.dtype == one.dtype
+        assert (other.double() - true).norm() <= 1.2 * (one.double() - true).norm() + 1e-6 * true.norm()
+
+
+def test_without_gradients_none_are_made() -> None:
+    hidden, weight = torch.randn(T, C), torch.randn(V, C, requires_grad=True)
+    targets, weights = torch.randint(V, (T,)), torch.ones(T)
+    with torch.no_grad():
+        loss = chunked_loss(hidden, weight, targets, weights, 9)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, weighted_loss(hidden @ weight.detach().t(), targets, weights))
+
+
+def test_logits_of_the_whole_batch_are_never_held() -> None:
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = function(*arguments, **(named or {}))
+            largest = max([largest, *(t.numel() for t in [out] if isinstance(t, torch.Tensor))])
+            return out
+
+    hidden, weight = torch.randn(500, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    with Watch():
+        chunked_loss(hidden, weight, torch.randint(V, (500,)), torch.ones(500), 50).backward()
+    assert largest <= max(50 * V, 500 * C)
+
+
+def test_memory_chooses() -> None:
+    cpu = torch.device("cpu")
+    assert loss_plan("plain", cpu) == LossPlan(math.inf, CHUNK_BYTES["cpu"])
+    assert loss_plan("chunked", cpu) == LossPlan(0, CHUNK_BYTES["cpu"])
+    by_memory = LossPlan(whole_bytes=80e9 / 8, chunk_bytes=512 << 20)
+    assert by_memory.chunk_tokens(32 * 1024, 50257) == 32 * 1024
+    assert by_memory.chunk_tokens(64 * 1024, 50257) == 2560
+    assert loss_plan(None, cpu).chunk_tokens(2048, 50257) == 2048  # 0.4 GB, on any machine that runs these tests
+    assert LossPlan(0, 100).chunk_tokens(10, 50257) == 1
