@@ -132,9 +132,9 @@ def _check_growth(row: Verified, before: Committed, after: Committed) -> None:
 def _add_up(run: TrainRun, chain: list[tuple[Verified, Committed]]) -> None:
     """Compare the digest of each checkpoint with the one before it plus the data between, read again."""
     course = plan_course(run, Segments(run.run_folder).read())
+    rows = 1 if run.micro_batch_seqs == "fit" else run.micro_batch_seqs  # the samples are the same
     stream = Stream(
-        course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
-        run.micro_batch_seqs,
+        course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data, rows
     )  # fmt: skip
     for (_, before), (row, after) in pairwise(chain):
         first, end = before.position.step, after.position.step
