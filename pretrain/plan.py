@@ -331,14 +331,25 @@ class _Task:
         return best, _reason(best, choices, hardware)
 
     def _what_is_needed(self, hardware: Hardware) -> str:
+        engines = _engines(self.run.engine)
+        kept = self._least_nodes([engine for engine in engines if not engine.offload.optimizer], hardware)
+        offloaded = self._least_nodes([engine for engine in engines if engine.offload.optimizer], hardware)
+        if kept is None:
+            return "does not fit, however many GPUs: one sequence is too long for one of them"
+        text = f"does not fit; about {kept * hardware.gpus_per_node} GPUs are needed (hardware.nodes={kept})"
+        if offloaded is not None and offloaded < kept:
+            text += f", {offloaded * hardware.gpus_per_node} with the states on hosts of {HOST_GIB:,.0f} GiB, slowly"
+        return text
+
+    def _least_nodes(self, engines: Sequence[DeepSpeed], hardware: Hardware) -> int | None:
+        """The power of two of nodes, no fewer than there are, on which a step fits with one of the engines."""
         nodes = hardware.nodes
-        while nodes < MOST_NODES:
-            nodes *= 2
+        while nodes <= MOST_NODES:
             more = hardware.model_copy(update={"nodes": nodes})
-            if any(self.choice(engine, more).micro_batch_seqs for engine in _engines(self.run.engine)):
-                gpus = nodes * hardware.gpus_per_node
-                return f"does not fit on {hardware.ranks} GPUs; about {gpus} are needed (hardware.nodes={nodes})"
-        return "does not fit, however many GPUs: one sequence is too long for one of them"
+            if any(self.choice(engine, more).micro_batch_seqs for engine in engines):
+                return nodes
+            nodes *= 2
+        return None
 
     def _step_s(self, engine: EngineSettings, hardware: Hardware, rows: int) -> tuple[float, float]:
         """Seconds of a step, and those of them in which ranks send; nothing is sent while they compute."""
@@ -413,7 +424,7 @@ def _sent_bytes(engine: EngineSettings, n: int, width: int, ranks: int, micro_st
     return sent * (ranks - 1) / ranks
 
 
-def _engines(configured: EngineSettings) -> list[EngineSettings]:
+def _engines(configured: EngineSettings) -> list[DeepSpeed]:
     """The engines to choose from, in the configured precision: those that give the same speed, simpler ones first."""
     tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
     return [
@@ -449,7 +460,7 @@ def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
 
 @cache
 def _cpu_tflops(precision: str) -> float:
-    return matmul_tflops(torch.device("cpu"), DTYPES[precision])
+    return max(matmul_tflops(torch.device("cpu"), DTYPES[precision]) for _ in range(10))  # others may compute here too
 
 
 def _saves(shape: Shape, choice: Choice, run: TrainRun, hardware: Hardware) -> Saves:
@@ -553,7 +564,9 @@ def _expected_table(plan: Plan) -> Any:
 
 def _saves_lines(plan: Plan) -> str:
     saves = plan.saves
+    whole = plan.train_tokens // (plan.batch_seqs * plan.seq_tokens)
     steps = "" if saves.interval_steps is None else f", checkpoint.save_every_steps={saves.interval_steps}"
+    steps = ", longer than this run" if saves.interval_steps is not None and saves.interval_steps > whole else steps
     return (
         f"\ncheckpoint: {saves.bytes / GB:,.4g} GB; ranks held up {saves.held_s:.3g} s, whole after "
         f"{duration(saves.write_s)} at {plan.hardware.save_gb_s:g} GB/s\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -178,7 +179,9 @@ def _build(run: TrainRun, ranks: Ranks, parent: Parent | None) -> tuple[TrainRun
     def build() -> Engine:
         model = run.model.build()
         give_first_values(model, run, parent)
-        return run.engine.build(model, run.optim, ranks)
+        engine: Engine = run.engine.build(model, run.optim, ranks)
+        gc.collect()  # DeepSpeed leaves the weights that it was given in cycles: as much again as those that compute
+        return engine
 
     if run.micro_batch_seqs != "fit":
         return run, build()
