@@ -52,7 +52,6 @@ class Shape:
 
     parameters: int
     embedding: int  # elements of the output layer
-    largest_layer: int  # parameters of a block
     layers: int
     width: int
     heads: int
@@ -64,9 +63,8 @@ class Shape:
     def of(model: Model) -> Shape:
         """The shape of a model."""
         inner = model.mlp_ratio * model.width
-        block = 4 * model.width**2 + 2 * model.width * inner
         return Shape(
-            model.parameter_count(), model.vocab_size * model.width, block, model.layers, model.width, model.heads,
+            model.parameter_count(), model.vocab_size * model.width, model.layers, model.width, model.heads,
             model.vocab_size, inner, model.dropout > 0,
         )  # fmt: skip
 
@@ -93,7 +91,7 @@ def step_memory(
     reduction = _reduction_bytes(shape, engine)
     # above the states, the most is held where the loss is taken, in the backward pass of the block that comes first in
     # it, or where the gradients are added up
-    backward = _bucket_bytes(engine)
+    backward = _held_to_communicate(shape, engine)
     peak = max(kept + max(head, first_block) + backward, reduction)
     return Memory(
         states.weights, states.gradients, states.optimizer, kept, head, states.buffers + max(0.0, peak - kept - head),
@@ -123,11 +121,12 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
     return Memory(weights, gradients, optimizer, 0, 0, buffers, host)
 
 
-def _bucket_bytes(engine: EngineSettings) -> float:
-    """The bucket from which DeepSpeed sends gradients during the backward pass."""
-    if not isinstance(engine, DeepSpeed) or engine.zero_stage in (0, 3) or _sums_whole(engine):
+def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
+    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered."""
+    if not isinstance(engine, DeepSpeed) or engine.zero_stage == 0 or _sums_whole(engine):
         return 0.0
-    return float(bucket_elements(engine)) * width_of(engine)
+    elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine)
+    return float(elements) * width_of(engine)
 
 
 def _sums_whole(engine: DeepSpeed) -> bool:
@@ -146,15 +145,16 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     if not isinstance(engine, DeepSpeed):
         last = width * shape.embedding  # of the tied embedding, which gets two gradients
         return n * (width + SUM) if width == 2 else last
-    bucket = bucket_elements(engine)
-    flat = SUM * min(n, bucket)
+    sent = min(n, bucket_elements(engine))
+    copies = SUM * sent if width == 2 else 0  # gradients go in fp32
     if engine.zero_stage == 0:
-        return flat
+        return float(SUM * sent)
     if _sums_whole(engine):
-        return n * width + flat
+        return float(n * width + copies)
     if engine.zero_stage == 3:
-        return width * (min(n, GATHERED) + 2 * shape.largest_layer)
-    return width * bucket + flat
+        return _held_to_communicate(shape, engine) + width * sent
+    own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
+    return _held_to_communicate(shape, engine) + own + copies
 
 
 def _kept_per_token(shape: Shape, width: int, recompute: str) -> float:
