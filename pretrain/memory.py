@@ -21,7 +21,7 @@ from pretrain.run import TrainRun
 GIB = 2**30
 MASTER, MOMENTS, SUM = 4, 8, 4  # bytes per parameter: fp32 masters, both moments of Adam, fp32 sums of gradients
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 holds whole at once (stage3_max_live_parameters)
-PERSISTENT = 100_000  # parameters of a tensor that ZeRO-3 keeps whole (stage3_param_persistence_threshold)
+FLATTENED = 500_000_000  # gradients that ZeRO-1 in bf16 copies into one tensor to send (MEMORY_OPT_ALLREDUCE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,26 @@ def width_of(engine: EngineSettings) -> int:
 
 
 def step_memory(
-    shape: Shape, engine: EngineSettings, ranks: int, tokens: int, loss: LossPlan | None = None, compiles: bool = False
-) -> Memory:
-    """The peak of one rank's memory in a step of micro-batches of `tokens` tokens."""
+    shape: Shape, engine: EngineSettings, ranks: int, tokens: int, loss: LossPlan | None = None, compiles: bool = False,
+    accumulates: bool = True,
+) -> Memory:  # fmt: skip
+    """The peak of one rank's memory in a step of micro-batches of `tokens` tokens, of several where it accumulates.
+
+    Above the states the most is held where the loss is taken, in the backward pass of the block that comes first in it,
+    or where the gradients are added up and reduced.
+    """
     width = width_of(engine)
     states = _states(shape, engine, ranks)
     kept = tokens * _kept_per_token(shape, width, engine.recompute)
     head = _loss_bytes(shape, width, tokens, loss or LossPlan(), compiles)
     first_block = tokens * _block_per_token(shape, width, engine.recompute) + width * shape.embedding
-    reduction = _reduction_bytes(shape, engine)
-    # above the states, the most is held where the loss is taken, in the backward pass of the block that comes first in
-    # it, or where the gradients are added up
-    backward = _held_to_communicate(shape, engine)
-    peak = max(kept + max(head, first_block) + backward, reduction)
+    late = states.gradients if not accumulates and _sums_late(engine) else 0.0
+    backward = kept + max(head, first_block) + _held_to_communicate(shape, engine)
+    rest = max(backward, late + _reduction_bytes(shape, engine)) - kept - head
+    gradients = states.gradients - late + min(late, rest)
     return Memory(
-        states.weights, states.gradients, states.optimizer, kept, head, states.buffers + max(0.0, peak - kept - head),
-        states.host,
-    )  # fmt: skip
+        states.weights, gradients, states.optimizer, kept, head, states.buffers + rest - min(late, rest), states.host
+    )
 
 
 def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
@@ -134,6 +137,11 @@ def _sums_whole(engine: DeepSpeed) -> bool:
     return engine.zero_stage == 1 and engine.precision == "bf16" and not engine.offload.optimizer
 
 
+def _sums_late(engine: EngineSettings) -> bool:
+    """Whether the sums of gradients are made where the first micro-batch is reduced, and not before."""
+    return isinstance(engine, DeepSpeed) and engine.zero_stage in (1, 2) and not _sums_whole(engine)
+
+
 def bucket_elements(engine: DeepSpeed) -> int:
     """How many gradients DeepSpeed sends at once."""
     return int(engine.deepspeed_config(None)["zero_optimization"]["reduce_bucket_size"])
@@ -150,9 +158,9 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     if engine.zero_stage == 0:
         return float(SUM * sent)
     if _sums_whole(engine):
-        return float(n * width + copies)
+        return float(n * width + SUM * min(n, FLATTENED))
     if engine.zero_stage == 3:
-        return _held_to_communicate(shape, engine) + width * sent
+        return float(SUM * sent)  # by then the weights have been let go
     own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
     return _held_to_communicate(shape, engine) + own + copies
 
@@ -223,8 +231,9 @@ def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Me
     """The peak of one rank of a run, with micro-batches of `rows` sequences."""
     loss = loss_plan(run.engine.loss, device)
     rows = min(rows, -(-run.batch_seqs // ranks))
-    tokens = rows * run.data.seq_tokens
-    return step_memory(Shape.of(run.model), run.engine, ranks, tokens, loss, run.engine.compiles(device))
+    accumulates = rows * ranks < run.batch_seqs
+    tokens, compiles = rows * run.data.seq_tokens, run.engine.compiles(device)
+    return step_memory(Shape.of(run.model), run.engine, ranks, tokens, loss, compiles, accumulates)
 
 
 LABELS = {"optimizer": "masters and moments", "logits": "logits and loss"}

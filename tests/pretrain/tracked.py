@@ -88,4 +88,4 @@ def gpu_peak(ranks: Ranks, gpt: Gpt, settings: EngineSettings, rows: int, length
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     plan, compiles = loss_plan(settings.loss, ranks.device), settings.compiles(ranks.device)
-    return peak, int(step_memory(Shape.of(gpt), settings, 1, rows * length, plan, compiles).total)
+    return peak, int(step_memory(Shape.of(gpt), settings, 1, rows * length, plan, compiles, accumulates=False).total)
