@@ -160,7 +160,7 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     if _sums_whole(engine):
         return float(n * width + SUM * min(n, FLATTENED))
     if engine.zero_stage == 3:
-        return float(SUM * sent)  # by then the weights have been let go
+        return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
     own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
     return _held_to_communicate(shape, engine) + own + copies
 

@@ -44,10 +44,10 @@ def test_the_torch_engine_s_peak_is_what_torch_tracks(
     assert expected == pytest.approx(torch_engine_peak(gpt, engine, rows, length), rel=0.1)
 
 
-@pytest.mark.parametrize("bucket", [500_000, 20_000_000])  # gradients that are sent at once: fewer than all, and more
-def test_deepspeed_s_peaks_are_what_torch_tracks(bucket: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trees = [{"zero_stage": stage, "precision": precision} for precision in ("bf16", "fp32") for stage in (1, 2, 3)]
-    engines = [build(DeepSpeed, tree | {"loss": "plain"}, "test") for tree in trees]
+def test_deepspeed_s_peaks_are_what_torch_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)]
+    engines = [build(DeepSpeed, {"zero_stage": s, "precision": p, "loss": "plain"}, "test") for p, s in kinds]
+    bucket = 500_000  # a tenth of the model's gradients are sent at once
     (tracked,) = on_ranks(tmp_path, 1, zero_peaks, WIDE, engines, 8, 128, bucket)
     whole = DeepSpeed._zero_config
     monkeypatch.setattr(DeepSpeed, "_zero_config", lambda self: whole(self) | {"reduce_bucket_size": bucket})
