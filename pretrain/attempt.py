@@ -204,7 +204,7 @@ class Attempt:
     def evaluate(self) -> bool:
         """Measure the validation loss of every corpus; False where it was left unfinished, the ranks asked to stop."""
         begun = time.perf_counter()
-        rows = self.run.micro_batch_seqs
+        rows = self.run.micro_batch_rows
         try:
             metrics = validation_losses(
                 self.engine, self.run.objective, self.validation, self.ranks, rows, self._before_batch

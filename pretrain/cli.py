@@ -46,6 +46,29 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="the config of a run, its run folder, or a model's file")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="section.key=value; hardware.gpu=h100 and hardware.key=value say where it would run"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Before the queue: memory by part, what fits, how fast, how long and how dear, and how often to save."""
+    import json
+
+    from rich.console import Console
+
+    from pretrain.plan import load_plan, show
+
+    made = load_plan(config, overrides or [])
+    if as_json:
+        print(json.dumps(made.tree(), indent=1))
+    else:
+        show(made, Console(width=None if sys.stdout.isatty() else 200))
+
+
+@app.command()
 def amend(
     run: Run,
     changes: Annotated[

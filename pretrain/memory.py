@@ -1,18 +1,72 @@
 """Where a rank's memory goes, by arithmetic; and what to do when there was not enough of it.
 
-States by Rajbhandari et al. 2020, section 3.1 (fp32 gradients, as accumulated here); activations by Korthikanti et al.
-2022, equation 1, without the attention matrix, which fused attention does not keep: 34 bytes per token, layer and
-width in bf16, twice that in fp32; logits and their gradient at the width of the computation and once in fp32.
+States by Rajbhandari et al. 2020, section 3.1, with gradients summed in fp32: 2 + 4 + 12 bytes per parameter in bf16.
+Activations by Korthikanti et al. 2022, equation 1, without the attention matrix, which fused attention does not keep.
+What the engines hold on top was read off torch's own tracking of their steps (tests/pretrain/test_memory.py).
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass
+
 import torch
 
+from pretrain.engine import EngineSettings
 from pretrain.engine.zero import DeepSpeed
+from pretrain.models import Model
+from pretrain.models.loss import CHUNK_BYTES, SHARE_OF_MEMORY, LossPlan, loss_plan
 from pretrain.run import TrainRun
 
 GIB = 2**30
+MASTER, MOMENTS, SUM = 4, 8, 4  # bytes per parameter: fp32 masters, both moments of Adam, fp32 sums of gradients
+GATHERED = 1_000_000_000  # parameters that ZeRO-3 holds whole at once (stage3_max_live_parameters)
+FLATTENED = 500_000_000  # gradients that ZeRO-1 in bf16 copies into one tensor to send (MEMORY_OPT_ALLREDUCE_SIZE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank holds at the peak of a step, in bytes, by part. Parts that are offloaded are in `host`."""
+
+    weights: float  # that compute
+    gradients: float  # their fp32 sums
+    optimizer: float  # fp32 masters, where they are not the weights, and moments
+    activations: float  # kept for the backward pass, and of a block that is computed again
+    logits: float  # and what the loss makes of them
+    buffers: float  # buckets, gathered weights, and copies while gradients are added up and reduced
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Bytes on the device by the name of the part."""
+        return {part: size for part, size in asdict(self).items() if part != "host"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model its memory follows from."""
+
+    parameters: int
+    embedding: int  # elements of the output layer
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    inner: int  # width of the MLP
+    dropout: bool
+
+    @staticmethod
+    def of(model: Model) -> Shape:
+        """The shape of a model."""
+        inner = model.mlp_ratio * model.width
+        return Shape(
+            model.parameter_count(), model.vocab_size * model.width, model.layers, model.width, model.heads,
+            model.vocab_size, inner, model.dropout > 0,
+        )  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,44 +74,202 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def memory_table(run: TrainRun, ranks: int) -> dict[str, float]:
-    """What each part takes on one rank, in bytes."""
-    parameters, stage = run.model.parameter_count(), 0
-    if isinstance(run.engine, DeepSpeed):
-        stage = run.engine.zero_stage
-    width = 4 if run.engine.precision == "fp32" else 2
-    rows = min(run.micro_batch_seqs, -(-run.batch_seqs // ranks))
-    tokens = rows * run.data.seq_tokens
-    return {
-        "weights": parameters * width / (ranks if stage == 3 else 1),
-        "gradients": parameters * 4 / (ranks if stage >= 2 else 1),
-        "masters and moments": parameters * (12 if width == 2 else 8) / (ranks if stage >= 1 else 1),
-        "activations": 34 * (width / 2) * tokens * run.model.width * run.model.layers,
-        "logits": tokens * run.model.vocab_size * (2.0 * width + 4),
-    }
+def width_of(engine: EngineSettings) -> int:
+    """Bytes of a number in the precision that computes."""
+    return 4 if engine.precision == "fp32" else 2
+
+
+def step_memory(
+    shape: Shape, engine: EngineSettings, ranks: int, tokens: int, loss: LossPlan | None = None, compiles: bool = False,
+    accumulates: bool = True,
+) -> Memory:  # fmt: skip
+    """The peak of one rank's memory in a step of micro-batches of `tokens` tokens, of several where it accumulates.
+
+    Above the states the most is held where the loss is taken, in the backward pass of the block that comes first in it,
+    or where the gradients are added up and reduced.
+    """
+    width = width_of(engine)
+    states = _states(shape, engine, ranks)
+    kept = tokens * _kept_per_token(shape, width, engine.recompute)
+    head = _loss_bytes(shape, width, tokens, loss or LossPlan(), compiles)
+    first_block = tokens * _block_per_token(shape, width, engine.recompute) + width * shape.embedding
+    late = states.gradients if not accumulates and _sums_late(engine) else 0.0
+    backward = kept + max(head, first_block) + _held_to_communicate(shape, engine)
+    rest = max(backward, late + _reduction_bytes(shape, engine)) - kept - head
+    gradients = states.gradients - late + min(late, rest)
+    return Memory(
+        states.weights, gradients, states.optimizer, kept, head, states.buffers + rest - min(late, rest), states.host
+    )
+
+
+def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
+    """What lies there between steps."""
+    n, width = shape.parameters, width_of(engine)
+    if not isinstance(engine, DeepSpeed):
+        optimizer = n * (MOMENTS + (MASTER if width == 2 else 0))
+        return Memory(n * width, n * SUM, optimizer, 0, 0, 0)
+    stage, share = engine.zero_stage, 1 / ranks
+    if stage == 0:
+        return Memory(n * width, n * SUM, n * MOMENTS, 0, 0, 0)
+    weights = n * width * (share if stage == 3 else 1)
+    gradients = n * SUM * (share if stage >= 2 else 1)
+    optimizer = n * (MASTER + MOMENTS) * share
+    host = 0.0
+    if engine.offload.optimizer:
+        host, optimizer = optimizer, 0.0
+        host, gradients = host + n * SUM * share, 0.0
+    if engine.offload.parameters:
+        host, weights = host + weights, 0.0
+    buffers = float(bucket_elements(engine)) * SUM if stage == 3 else 0.0  # the bucket is held all the time
+    return Memory(weights, gradients, optimizer, 0, 0, buffers, host)
+
+
+def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
+    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered."""
+    if not isinstance(engine, DeepSpeed) or engine.zero_stage == 0 or _sums_whole(engine):
+        return 0.0
+    elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine)
+    return float(elements) * width_of(engine)
+
+
+def _sums_whole(engine: DeepSpeed) -> bool:
+    """Whether it is DeepSpeed's optimizer for ZeRO 1 in bf16 alone, which sums all gradients in one flat tensor."""
+    return engine.zero_stage == 1 and engine.precision == "bf16" and not engine.offload.optimizer
+
+
+def _sums_late(engine: EngineSettings) -> bool:
+    """Whether the sums of gradients are made where the first micro-batch is reduced, and not before."""
+    return isinstance(engine, DeepSpeed) and engine.zero_stage in (1, 2) and not _sums_whole(engine)
+
+
+def bucket_elements(engine: DeepSpeed) -> int:
+    """How many gradients DeepSpeed sends at once."""
+    return int(engine.deepspeed_config(None)["zero_optimization"]["reduce_bucket_size"])
+
+
+def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
+    """What is needed, above the states, while the gradients of a micro-batch are added up and reduced."""
+    n, width = shape.parameters, width_of(engine)
+    if not isinstance(engine, DeepSpeed):
+        last = width * shape.embedding  # of the tied embedding, which gets two gradients
+        return n * (width + SUM) if width == 2 else last
+    sent = min(n, bucket_elements(engine))
+    copies = SUM * sent if width == 2 else 0  # gradients go in fp32
+    if engine.zero_stage == 0:
+        return float(SUM * sent)
+    if _sums_whole(engine):
+        return float(n * width + SUM * min(n, FLATTENED))
+    if engine.zero_stage == 3:
+        return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
+    own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
+    return _held_to_communicate(shape, engine) + own + copies
+
+
+def _kept_per_token(shape: Shape, width: int, recompute: str) -> float:
+    """Bytes of a token's activations that the backward pass needs.
+
+    A block: what enters it, both norms' results, q, k, v, what attention gives, the sum before the second norm, and the
+    MLP before and after its GELU; the norms' means and spreads, and attention's sums, in fp32.
+    """
+    c, inner = shape.width, shape.inner
+    sums = 4 * shape.heads
+    if recompute == "full":
+        block = float(width * c)
+    elif recompute == "selective":  # what enters, and every product's result
+        block = width * (6 * c + inner) + sums
+    else:
+        block = width * (8 * c + 2 * inner) + sums + 16 + (2 * c if shape.dropout else 0)
+    return shape.layers * block + 2 * width * c + 40  # the last norm, before and after; tokens, targets, weights
+
+
+def _block_per_token(shape: Shape, width: int, recompute: str) -> float:
+    """Bytes of a token while one block's backward runs: what is computed again, and gradients of activations."""
+    c, inner = shape.width, shape.inner
+    again = {"none": 0, "selective": 10 * c + 2 * inner, "full": 7 * c + 2 * inner}[recompute]
+    return float(width * (again + c + inner - 2 * c))  # the last norm's results have gone
+
+
+def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles: bool) -> float:
+    """Bytes of logits and their gradients, where the loss holds the most of them."""
+    chunk = loss.chunk_tokens(tokens, shape.vocabulary)
+    if chunk >= tokens:
+        per_logit = 2 * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
+        return float(tokens * shape.vocabulary * per_logit)
+    head, hidden = shape.embedding, tokens * shape.width * width
+    per_logit = 12 if width == 2 else 8  # of one chunk and of the one before it
+    forward = chunk * shape.vocabulary * per_logit + SUM * head
+    return float(hidden + max(forward, head * (2 * SUM + (width if width == 2 else 0))))
+
+
+def largest_micro_batch(
+    shape: Shape, engine: EngineSettings, ranks: int, seq_tokens: int, most: int, capacity: float,
+    loss: LossPlan | None = None, compiles: bool = False,
+) -> int:  # fmt: skip
+    """The most sequences, up to `most`, of which a step fits into `capacity` bytes; 0 where one does not."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        need = step_memory(shape, engine, ranks, middle * seq_tokens, loss, compiles)
+        low, high = (middle, high) if need.total <= capacity else (low, middle - 1)
+    return low
+
+
+def evened(largest: int, seqs: int) -> int:
+    """The micro-batch that needs no more of them than `largest` for `seqs` sequences, with the fewest rows to spare."""
+    micro_steps = math.ceil(seqs / largest)
+    return math.ceil(seqs / micro_steps)
+
+
+def loss_plan_on(engine: EngineSettings, kind: str, memory: float) -> LossPlan:
+    """What `engine.loss` stands for on a device of that kind, cuda or cpu, with so much memory."""
+    chunk = CHUNK_BYTES[kind]
+    whole = {"plain": math.inf, "chunked": 0.0, None: memory / SHARE_OF_MEMORY}[engine.loss]
+    return LossPlan(whole, chunk)
+
+
+def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Memory:
+    """The peak of one rank of a run, with micro-batches of `rows` sequences."""
+    loss = loss_plan(run.engine.loss, device)
+    rows = min(rows, -(-run.batch_seqs // ranks))
+    accumulates = rows * ranks < run.batch_seqs
+    tokens, compiles = rows * run.data.seq_tokens, run.engine.compiles(device)
+    return step_memory(Shape.of(run.model), run.engine, ranks, tokens, loss, compiles, accumulates)
+
+
+LABELS = {"optimizer": "masters and moments", "logits": "logits and loss"}
 
 
 def explain_out_of_memory(run: TrainRun, ranks: int, where: str, device: torch.device) -> str:
     """The table, what the device says, and the remedy, in lines."""
-    table = memory_table(run, ranks)
+    rows = 1 if run.micro_batch_seqs == "fit" else run.micro_batch_seqs
+    memory = run_memory(run, ranks, rows, device)
     lines = [f"out of memory in {where}. One rank of {ranks} needs about:"]
-    lines += [f"    {part:<22}{size / GIB:>9.2f} GiB" for part, size in table.items()]
-    lines.append(f"    {'together':<22}{sum(table.values()) / GIB:>9.2f} GiB")
+    lines += [f"    {LABELS.get(part, part):<22}{size / GIB:>9.2f} GiB" for part, size in memory.parts().items()]
+    lines.append(f"    {'together':<22}{memory.total / GIB:>9.2f} GiB")
+    if memory.host:
+        lines.append(f"    {'offloaded':<22}{memory.host / GIB:>9.2f} GiB of the host")
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         peak = torch.cuda.max_memory_allocated(device)
         lines.append(f"    {'device':<22}{total / GIB:>9.2f} GiB, {free / GIB:.2f} free, {peak / GIB:.2f} at the peak")
-    return "\n".join([*lines, f"remedy: {remedy(run, table)}"])
+    return "\n".join([*lines, f"remedy: {remedy(run, rows, memory)}"])
 
 
-def remedy(run: TrainRun, table: dict[str, float]) -> str:
+def remedy(run: TrainRun, rows: int, memory: Memory) -> str:
     """What to change: the micro-batch where the batch's parts are the larger ones, else what holds the states."""
-    for_batch = table["activations"] + table["logits"]
-    if run.micro_batch_seqs > 1 and for_batch > sum(table.values()) / 4:
-        fewer = max(1, run.micro_batch_seqs // 2)
-        return f"micro_batch_seqs={fewer} (now {run.micro_batch_seqs}); the loss stays as it is"
+    for_batch = memory.activations + memory.logits
+    if rows > 1 and for_batch > memory.total / 4:
+        fewer = max(1, rows // 2)
+        return f"micro_batch_seqs={fewer} (now {rows}), or fit; the loss stays as it is"
+    if for_batch > memory.total / 4 and memory.logits > memory.activations and run.engine.loss != "chunked":
+        return "engine.loss=chunked, which holds the logits of few tokens at a time"
+    if for_batch > memory.total / 4 and run.engine.recompute != "full":
+        more = "selective" if run.engine.recompute == "none" else "full"
+        return f"engine.recompute={more}, which keeps fewer activations and computes them again"
     stage = run.engine.zero_stage if isinstance(run.engine, DeepSpeed) else 0
     if stage < 3:
         wanted = max(1, stage + 1)
         return f"engine={{kind: deepspeed, zero_stage: {wanted}, precision: {run.engine.precision}}}, or more ranks"
+    if isinstance(run.engine, DeepSpeed) and not run.engine.offload.optimizer:
+        return "more ranks, of which each has a smaller share; or engine.offload.optimizer=true"
     return "more ranks: stage 3 gives each a smaller share"

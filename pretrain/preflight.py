@@ -86,7 +86,7 @@ def _examine(ranks: Ranks, run_folder: Path, settings: Preflight) -> Fitness:
             peak = peak_flops(torch.cuda.get_device_name())
         if not _computes_right(ranks.device):
             problem = "its device computes wrong results"
-        tflops = _matmul_tflops(ranks.device)
+        tflops = matmul_tflops(ranks.device)
     except RuntimeError as error:
         problem = f"its device does not answer: {' '.join(str(error).split())[:200]}"
     return Fitness(tflops, None if peak is None else peak / 1e12, _versions(), problem)
@@ -152,11 +152,11 @@ def _computes_right(device: torch.device) -> bool:
     return bool(torch.equal((a.to(device) @ b.to(device)).cpu().double(), expected))
 
 
-def _matmul_tflops(device: torch.device) -> float:
+def matmul_tflops(device: torch.device, dtype: torch.dtype | None = None) -> float:
     """The rate of a matrix product: bf16 of 8192 on a GPU, fp32 of 256 elsewhere; the best of five."""
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 256
-    a = torch.ones(n, n, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
+    a = torch.ones(n, n, dtype=dtype or (torch.bfloat16 if on_gpu else torch.float32), device=device)
     best = float("inf")
     for _ in range(6):
         if on_gpu:

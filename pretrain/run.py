@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 import configs
 from configs import ConfigError, Int, Section
@@ -32,6 +32,19 @@ def _absolute(name: str) -> str:
     return name if re.match(r"\w+:/", name) else str(Path(name).absolute())
 
 
+def _micro_batch(value: object) -> object:
+    """A number of sequences, or `fit`."""
+    if value == "fit":
+        return value
+    try:
+        seqs = configs.parse_int(value)
+    except ValueError:
+        seqs = 0
+    if seqs < 1:
+        raise ValueError(f"expected a whole number above 0, or fit, got {value!r}")
+    return seqs
+
+
 class TrainRun(Section):
     """One frozen tree; every field is of a class (`pretrain/fields.py`) that says when it may change."""
 
@@ -43,7 +56,7 @@ class TrainRun(Section):
     data: Data
     batch_tokens: Int = Field(gt=0)
     batch_ramp: BatchRamp | None = None  # null: batch_tokens from the first step on
-    micro_batch_seqs: Int = Field(gt=0)
+    micro_batch_seqs: Annotated[int | Literal["fit"], BeforeValidator(_micro_batch)]  # fit: what memory holds
     train_tokens: Int = Field(gt=0)
     optim: Optim
     schedule: Schedule
@@ -107,6 +120,12 @@ class TrainRun(Section):
         if self.batch_ramp is None:
             return [(from_sample, self.batch_seqs)]
         return step_pieces(self.batch_ramp.stages(self.data.seq_tokens, self.batch_seqs), from_sample)
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """`micro_batch_seqs` as a number; an attempt has put one in the place of `fit` (pretrain/fit.py)."""
+        assert self.micro_batch_seqs != "fit", "an attempt knows how many sequences fit"
+        return self.micro_batch_seqs
 
     def identity(self) -> dict[str, Any]:
         """The fields that a resume may not change, by dotted path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ from configs import ConfigError
 from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import write_durably
 from data_pipeline.stream import Stream, Validation
-from pretrain import checkpoint
+from pretrain import checkpoint, fit
 from pretrain.archive import bring_home
 from pretrain.attempt import Attempt
 from pretrain.checkpoint import Committed, Damaged, Position, SaveError, Saver
@@ -110,12 +111,10 @@ def begin(
     if before is None:
         run.preflight.check(ranks, run.run_folder)
         startup.mark("preflight")
-        model = run.model.build()
-        give_first_values(model, run, start.parent)
-        engine: Engine = run.engine.build(model, run.optim, ranks)
+        run, engine = _build(run, ranks, start.parent)
     else:
         startup.restart()
-        engine = before.engine
+        run, engine = run.model_copy(update={"micro_batch_seqs": before.run.micro_batch_seqs}), before.engine
     startup.mark("build")
     chosen = _load_newest(start, engine, ranks)
     if start.parent is not None and start.parent.kind == "fork":
@@ -133,7 +132,7 @@ def begin(
     }
     stream = Stream(
         course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
-        run.micro_batch_seqs, ranks.rank, ranks.size,
+        run.micro_batch_rows, ranks.rank, ranks.size,
     )  # fmt: skip
     validation = {
         name: Validation(
@@ -176,6 +175,28 @@ def begin(
     if before is not None:
         fail_at("rollback.begun")
     return attempt
+
+
+def _build(run: TrainRun, ranks: Ranks, parent: Parent | None) -> tuple[TrainRun, Engine]:
+    """The engine with the run's first values; and the run, with a number for `micro_batch_seqs`."""
+
+    def build() -> Engine:
+        model = run.model.build()
+        give_first_values(model, run, parent)
+        engine: Engine = run.engine.build(model, run.optim, ranks)
+        gc.collect()  # DeepSpeed leaves the weights that it was given in cycles: as much again as those that compute
+        return engine
+
+    if run.micro_batch_seqs != "fit":
+        return run, build()
+    most = fit.estimate(run, ranks)
+    engine = build()
+    rows = most
+    if ranks.device.type == "cuda":
+        rows, engine = fit.tried(run, ranks, engine, build, most)
+    if ranks.rank == 0:
+        log.info("micro_batch_seqs: %d fit (%d by arithmetic)", rows, most)
+    return run.model_copy(update={"micro_batch_seqs": rows}), engine
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             attempt.failed(code, error)
         if code != guard.OUT_OF_MEMORY:
             raise
-        log.error("%s", explain_out_of_memory(run, ranks.size, watchdog.where, ranks.device))
+        resolved = run if attempt is None else attempt.run
+        log.error("%s", explain_out_of_memory(resolved, ranks.size, watchdog.where, ranks.device))
         return code
     finally:
         watchdog.stop()

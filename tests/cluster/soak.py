@@ -151,7 +151,7 @@ def expected_digest(config: Path) -> str:
     run = load_run(config)
     course = plan_course(run, [first_segment(run, Corpora(run.data))])
     shards = course.corpora.shards(course.order.pools)
-    stream = Stream(course.order, course.steps, course.skips, shards, run.data, run.micro_batch_seqs, 0, 1)
+    stream = Stream(course.order, course.steps, course.skips, shards, run.data, run.micro_batch_rows, 0, 1)
     return f"{sum(batch.digest for batch in stream.batches(0, course.end_step)) % 2**128:032x}"
 
 

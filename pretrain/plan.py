@@ -1,0 +1,575 @@
+"""Before the queue: what a run needs, how fast it will be and what it costs, on cards that are not here.
+
+Memory is arithmetic (`pretrain.memory`). Speed is an estimate: what others have published for models of that size on
+that card, and the bytes that ranks send each other at the rates of data sheets. Tables below name the sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import psutil
+import torch
+from pydantic import Field
+
+import configs
+from configs import Float, Int, Section
+from pretrain.engine import EngineSettings
+from pretrain.engine.plain import DTYPES
+from pretrain.engine.zero import DeepSpeed
+from pretrain.memory import (
+    GIB,
+    Memory,
+    Shape,
+    evened,
+    largest_micro_batch,
+    loss_plan_on,
+    step_memory,
+    width_of,
+)  # fmt: skip
+from pretrain.meter import PEAK_FLOPS, duration
+from pretrain.models.gpt import Gpt
+from pretrain.models.loss import LossPlan
+from pretrain.preflight import matmul_tflops
+from pretrain.run import TrainRun, load_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GB = 1e9
+FRAMEWORK = 1.5 * GIB  # of a GPU: CUDA's context, the kernels and NCCL's channels
+ROOM = 0.95  # of what is left: an allocator cannot fill every gap
+STATE_BYTES = 12  # of a parameter in a checkpoint: master and moments
+GPU_HOURS_PER_FAULT = 16_384 * 54 * 24 / 419
+FAULT_SOURCE = "Dubey et al. 2024, Llama 3, table 5: 419 unexpected interruptions of 16,384 GPUs in 54 days"
+RECOMPUTED = {"none": 1.0, "selective": 1.07, "full": 4 / 3}  # Korthikanti et al. 2022, table 4; one forward of three
+CPU_SHARE = 0.6  # of the rate of a small product that a step reaches on a CPU; rough, and not published
+HOST_GIB = 1500.0  # of a node of eight GPUs, as DGX have at least
+HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank's share of a host updates
+TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
+MODEL_BATCH = 1 << 19  # tokens of a step, where a model is planned without a run
+SAME_SPEED = 0.98  # of the fastest: the simpler way is taken
+MOST_NODES = 1 << 16
+
+
+class Card(NamedTuple):
+    """A kind of GPU, by its data sheet."""
+
+    name: str  # as torch gives it, in part
+    memory_gib: float  # that torch finds
+    fp32_flops: float  # without tensor cores
+    link_gb_s: float  # to the other GPUs of its node, one way
+    network_gb_s: float  # of a node of eight, one way, as in NVIDIA's DGX
+    mfu: str  # whose published shares of the peak are taken
+
+
+CARDS = {
+    "h100": Card("H100", 79.1, 67e12, 450, 400, "h100"),
+    "h200": Card("H200", 139.8, 67e12, 450, 400, "h100"),
+    "a100": Card("A100", 79.2, 19.5e12, 300, 200, "a100"),
+}
+
+
+class Published(NamedTuple):
+    """A share of the dense bf16 peak that somebody has reached, by 6 N + 12 L C T operations per token."""
+
+    parameters: float
+    mfu: float
+    source: str
+
+
+MOSAIC = "llm-foundry, scripts/train/benchmarking"
+PUBLISHED = {
+    "h100": [
+        Published(124e6, 0.401, "llm.c, 8 x H100 (modded-nanogpt README)"),
+        Published(760e6, 0.398, f"{MOSAIC}, 8 x H100"),
+        Published(1.3e9, 0.4195, f"{MOSAIC}, 8 x H100"),
+        Published(3e9, 0.462, f"{MOSAIC}, 8 x H100"),
+        Published(7e9, 0.464, f"{MOSAIC}, 8 x H100"),
+        Published(13e9, 0.443, f"{MOSAIC}, 8 x H100"),
+        Published(30e9, 0.439, f"{MOSAIC}, 32 x H100"),
+        Published(70e9, 0.426, f"{MOSAIC}, 64 x H100"),
+        Published(175e9, 0.47, "Megatron-LM README, 96 x H100, tensor and pipeline parallel"),
+    ],
+    "a100": [
+        Published(125e6, 0.432, f"{MOSAIC}, 8 x A100"),
+        Published(350e6, 0.505, f"{MOSAIC}, 8 x A100"),
+        Published(760e6, 0.569, f"{MOSAIC}, 8 x A100"),
+        Published(1.3e9, 0.602, f"{MOSAIC}, 8 x A100"),
+        Published(7e9, 0.642, f"{MOSAIC}, 8 x A100"),
+        Published(176e9, 0.48, "BLOOM, 384 x A100, about 150 TFLOP/s, tensor and pipeline parallel"),
+    ],
+}
+
+
+class Hardware(Section):
+    """Where a run would be, apart from what it is."""
+
+    gpu: Literal["h100", "h200", "a100", "cpu"] = "h100"  # cpu: this machine
+    nodes: Int = Field(default=1, gt=0)
+    gpus_per_node: Int = Field(default=8, gt=0)
+    memory_gib: Float | None = Field(default=None, gt=0)  # of a GPU; null: the card's
+    link_gb_s: Float | None = Field(default=None, gt=0)  # of a GPU to those of its node, one way; null: the card's
+    network_gb_s: Float | None = Field(default=None, gt=0)  # of a node, one way; null: an eighth of the DGX's per GPU
+    host_gb_s: Float = Field(default=25.0, gt=0)  # of a GPU to its host, one way: PCIe 4.0 x16, less its overhead
+    save_gb_s: Float = Field(default=2.0, gt=0)  # of all ranks together to the file system
+    usd_per_gpu_hour: Float | None = Field(default=None, gt=0)
+    gpu_hours_per_fault: Float = Field(default=GPU_HOURS_PER_FAULT, gt=0)
+
+    @property
+    def ranks(self) -> int:
+        """One for each GPU; one for this machine's CPU."""
+        return 1 if self.gpu == "cpu" else self.nodes * self.gpus_per_node
+
+    @property
+    def kind(self) -> str:
+        """cuda or cpu."""
+        return "cpu" if self.gpu == "cpu" else "cuda"
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a GPU, or what this machine has available."""
+        if self.gpu == "cpu":
+            return float(psutil.virtual_memory().available)
+        return (self.memory_gib or CARDS[self.gpu].memory_gib) * GIB
+
+    @property
+    def room(self) -> float:
+        """Bytes that a step may take."""
+        return ROOM * (self.memory - (0 if self.gpu == "cpu" else FRAMEWORK))
+
+    @property
+    def sent_per_s(self) -> float:
+        """Bytes per second that a rank sends in a ring over all ranks: its part of the narrowest place."""
+        if self.gpu == "cpu":
+            return math.inf
+        card = CARDS[self.gpu]
+        link = self.link_gb_s or card.link_gb_s
+        network = self.network_gb_s / self.gpus_per_node if self.network_gb_s else card.network_gb_s / 8
+        return GB * (link if self.nodes == 1 else min(link, network))
+
+
+class Given(Section):
+    """What is given beside a run."""
+
+    hardware: Hardware
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the states are kept, and what is computed twice."""
+
+    zero_stage: int  # 0: torch alone, or DeepSpeed without ZeRO
+    offload: str  # none, optimizer, or optimizer and parameters
+    recompute: str
+    micro_batch_seqs: int  # the largest that fits, evened over the step; 0: none does
+    memory: Memory  # with it, or with one sequence where none fits
+    tokens_per_s: float  # expected, over all ranks
+    communication: float  # share of a step
+
+    @property
+    def settings(self) -> str:
+        """As it is given on the command line."""
+        more = "" if self.offload == "none" else " engine.offload.optimizer=true"
+        more += " engine.offload.parameters=true" if "parameters" in self.offload else ""
+        return f"engine.zero_stage={self.zero_stage} engine.recompute={self.recompute}{more}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A run on a kind of hardware. Rates are estimates."""
+
+    hardware: str
+    ranks: int
+    memory_bytes: float  # of one rank's device
+    choice: Choice
+    mfu: float | None
+    days: float
+    usd: float | None
+    source: str  # of the share of the peak
+
+
+@dataclass(frozen=True)
+class Saves:
+    """How often to save."""
+
+    bytes: int
+    held_s: float  # that a save holds the ranks up: the copy to their hosts
+    write_s: float  # until it is whole; the ranks go on meanwhile
+    mtbf_s: float
+    interval_s: float
+    interval_steps: int | None  # None where nothing fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `pretrain plan` shows."""
+
+    name: str
+    parameters: int
+    flops_per_token: int
+    batch_seqs: int
+    seq_tokens: int
+    train_tokens: int
+    hardware: Hardware
+    as_configured: Choice
+    advised: Choice
+    reason: str
+    by_recompute: dict[str, Memory]  # of the advised engine and micro-batch
+    expected: list[Expected]
+    saves: Saves
+
+    def tree(self) -> dict[str, Any]:
+        """For programs."""
+        fields = {key: value for key, value in vars(self).items() if key not in ("hardware", "expected")}
+        tree = {
+            key: asdict(value) if hasattr(value, "__dataclass_fields__") else value for key, value in fields.items()
+        }
+        tree["by_recompute"] = {key: asdict(value) for key, value in self.by_recompute.items()}
+        tree["expected"] = [asdict(each) for each in self.expected]
+        tree["hardware"] = self.hardware.model_dump(mode="json")
+        tree["sources"] = {card: [each._asdict() for each in each_list] for card, each_list in PUBLISHED.items()}
+        return tree | {"estimates": True}
+
+
+def load_plan(path: Path, overrides: Sequence[str]) -> Plan:
+    """The plan of a run's config, a run folder or a model's file, `hardware` taken apart. Raises ConfigError."""
+    given = [text for text in overrides if text.startswith(("hardware=", "hardware."))]
+    hardware = configs.build(Given, {"hardware": {}}, "command line", given).hardware
+    rest = [text for text in overrides if text not in given]
+    return make_plan(_model_run(path, rest) or load_run(path, rest), hardware)
+
+
+def _model_run(path: Path, overrides: Sequence[str]) -> TrainRun | None:
+    """A run of a model's file by itself, as long as is worth it for its size; None where it is another file."""
+    if path.is_dir() or configs.read(path).get("kind") != "gpt":
+        return None
+    model = configs.load(Gpt, path)
+    seqs = 2 ** int(math.log2(model.context))
+    tree: dict[str, Any] = {
+        "name": path.stem, "run_folder": f"runs/{path.stem}", "model": model.model_dump(mode="json"),
+        "data": {"seq_tokens": seqs, "sources": {"any": {"shards": "out/any"}}}, "batch_tokens": MODEL_BATCH,
+        "micro_batch_seqs": "fit", "train_tokens": TOKENS_PER_PARAMETER * model.parameter_count(),
+        "optim": {"kind": "adamw", "lr_peak": 1e-4}, "schedule": {"kind": "cosine"}, "engine": {"kind": "deepspeed"},
+    }  # fmt: skip
+    return configs.build(TrainRun, tree, str(path), list(overrides))
+
+
+def make_plan(run: TrainRun, hardware: Hardware) -> Plan:
+    """The plan of a run on some hardware, and what to expect of it elsewhere."""
+    shape, flops = Shape.of(run.model), run.model.flops_per_token(run.data.seq_tokens)
+    task = _Task(run, shape, flops)
+    configured = task.choice(run.engine, hardware)
+    advised, reason = task.advise(hardware)
+    engine = _engine_of(run.engine, advised)
+    tokens = max(1, advised.micro_batch_seqs) * run.data.seq_tokens
+    by_recompute = {
+        kind: step_memory(shape, engine.model_copy(update={"recompute": kind}), hardware.ranks, tokens,
+                          task.loss(engine, hardware), task.compiles(engine, hardware))
+        for kind in ("none", "selective", "full")
+    }  # fmt: skip
+    places = [hardware, *(hardware.model_copy(update={"gpu": gpu, "memory_gib": None, "link_gb_s": None})
+                          for gpu in ("h100", "h200", "a100", "cpu") if gpu != hardware.gpu)]  # fmt: skip
+    expected = [task.expect(place) for place in places]
+    return Plan(
+        run.name, shape.parameters, flops, run.batch_seqs, run.data.seq_tokens, run.train_tokens, hardware, configured,
+        advised, reason, by_recompute, expected, _saves(shape, advised, run, hardware),
+    )  # fmt: skip
+
+
+class _Task:
+    """A run, and what its memory and speed are with other engines on other hardware."""
+
+    def __init__(self, run: TrainRun, shape: Shape, flops: int) -> None:
+        self.run, self.shape, self.flops = run, shape, flops
+
+    def loss(self, engine: EngineSettings, hardware: Hardware) -> LossPlan:
+        """How the loss is taken there."""
+        return loss_plan_on(engine, hardware.kind, hardware.memory)
+
+    def compiles(self, engine: EngineSettings, hardware: Hardware) -> bool:
+        """Whether the forward pass is compiled there."""
+        return engine.compiles(torch.device(hardware.kind))
+
+    def choice(self, engine: EngineSettings, hardware: Hardware) -> Choice:
+        """What an engine comes to on some hardware."""
+        loss, compiles = self.loss(engine, hardware), self.compiles(engine, hardware)
+        each = math.ceil(self.run.batch_seqs / hardware.ranks)
+        seq_tokens = self.run.data.seq_tokens
+        fits = largest_micro_batch(
+            self.shape, engine, hardware.ranks, seq_tokens, each, hardware.room, loss, compiles
+        )  # fmt: skip
+        rows = evened(fits, each) if fits else 0
+        memory = step_memory(self.shape, engine, hardware.ranks, max(1, rows) * seq_tokens, loss, compiles)
+        if memory.host * hardware.gpus_per_node > HOST_GIB * GIB and hardware.kind == "cuda":
+            rows = 0
+        seconds, sent = self._step_s(engine, hardware, max(1, rows))
+        stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
+        offload = engine.offload if isinstance(engine, DeepSpeed) else None
+        named = "none" if offload is None or not offload.optimizer else "optimizer"
+        named = "optimizer and parameters" if offload is not None and offload.parameters else named
+        rate = self.run.batch_seqs * seq_tokens / seconds
+        return Choice(stage, named, engine.recompute, rows, memory, rate, sent / seconds)
+
+    def advise(self, hardware: Hardware) -> tuple[Choice, str]:
+        """The simplest of the fastest ways in which a step fits, and why it is that one."""
+        if hardware.gpu == "cpu":
+            return self.choice(self.run.engine, hardware), "one rank has nothing to share"
+        choices = [self.choice(engine, hardware) for engine in _engines(self.run.engine)]
+        fitting = [choice for choice in choices if choice.micro_batch_seqs]
+        if not fitting:
+            least = min(choices, key=lambda choice: choice.memory.total)
+            return least, self._what_is_needed(hardware)
+        fastest = max(choice.tokens_per_s for choice in fitting)
+        best = next(choice for choice in fitting if choice.tokens_per_s >= SAME_SPEED * fastest)
+        return best, _reason(best, choices, hardware)
+
+    def _what_is_needed(self, hardware: Hardware) -> str:
+        engines = _engines(self.run.engine)
+        kept = self._least_nodes([engine for engine in engines if not engine.offload.optimizer], hardware)
+        offloaded = self._least_nodes([engine for engine in engines if engine.offload.optimizer], hardware)
+        if kept is None:
+            return "does not fit, however many GPUs: one sequence is too long for one of them"
+        text = f"does not fit; about {kept * hardware.gpus_per_node} GPUs are needed (hardware.nodes={kept})"
+        if offloaded is not None and offloaded < kept:
+            text += f", {offloaded * hardware.gpus_per_node} with the states on hosts of {HOST_GIB:,.0f} GiB, slowly"
+        return text
+
+    def _least_nodes(self, engines: Sequence[DeepSpeed], hardware: Hardware) -> int | None:
+        """The power of two of nodes, no fewer than there are, on which a step fits with one of the engines."""
+        nodes = hardware.nodes
+        while nodes <= MOST_NODES:
+            more = hardware.model_copy(update={"nodes": nodes})
+            if any(self.choice(engine, more).micro_batch_seqs for engine in engines):
+                return nodes
+            nodes *= 2
+        return None
+
+    def _step_s(self, engine: EngineSettings, hardware: Hardware, rows: int) -> tuple[float, float]:
+        """Seconds of a step, and those of them in which ranks send; nothing is sent while they compute."""
+        ranks, n, width = hardware.ranks, self.shape.parameters, width_of(engine)
+        each = math.ceil(self.run.batch_seqs / ranks)
+        micro_steps = math.ceil(each / rows)
+        tokens = micro_steps * min(rows, each) * self.run.data.seq_tokens  # filler rows are computed too
+        flops = tokens * self.flops * RECOMPUTED[engine.recompute]
+        sent = _sent_bytes(engine, n, width, ranks, micro_steps) / hardware.sent_per_s
+        moved = 0.0
+        if isinstance(engine, DeepSpeed) and engine.offload.optimizer and hardware.kind == "cuda":
+            moved = n * (4 + width) / ranks / (GB * hardware.host_gb_s) + n * 16 / ranks / HOST_UPDATE_BYTES_S
+            if engine.offload.parameters:
+                moved += 2 * micro_steps * n * width / ranks / (GB * hardware.host_gb_s)
+        return flops / self.rate(engine, hardware) + sent + moved, sent
+
+    def rate(self, engine: EngineSettings, hardware: Hardware) -> float:
+        """The operations per second that one rank computes."""
+        if hardware.gpu == "cpu":
+            return CPU_SHARE * 1e12 * _cpu_tflops(engine.precision)
+        card = CARDS[hardware.gpu]
+        peak = PEAK_FLOPS[card.name] if width_of(engine) == 2 else card.fp32_flops
+        return expected_mfu(card.mfu, self.shape.parameters)[0] * peak
+
+    def expect(self, hardware: Hardware) -> Expected:
+        """The run there, with what is best there."""
+        choice, _ = self.advise(hardware)
+        rate = choice.tokens_per_s
+        ranks = hardware.ranks
+        if hardware.gpu == "cpu":
+            mfu, source = None, f"matmul measured now, {CPU_SHARE:.0%} of it"
+            name = f"this machine, {torch.get_num_threads()} threads"
+        else:
+            card = CARDS[hardware.gpu]
+            mfu = rate * self.flops / (ranks * PEAK_FLOPS[card.name])
+            source, name = expected_mfu(card.mfu, self.shape.parameters)[1], f"{ranks} x {card.name}"
+        hours = self.run.train_tokens / rate / 3600
+        usd = None if hardware.usd_per_gpu_hour is None or hardware.gpu == "cpu" else hardware.usd_per_gpu_hour * ranks
+        return Expected(
+            name, ranks, hardware.memory, choice, mfu, hours / 24, None if usd is None else usd * hours, source
+        )
+
+
+def expected_mfu(card: str, parameters: int) -> tuple[float, str]:
+    """The share of the peak for a model of a size, between what was published for the next smaller and larger ones."""
+    rows = PUBLISHED[card]
+    if parameters <= rows[0].parameters:
+        below = (
+            "" if parameters > 0.9 * rows[0].parameters else "; nothing is published for smaller models: expect less"
+        )
+        return rows[0].mfu, rows[0].source + below
+    for low, high in pairwise(rows):
+        if parameters <= high.parameters:
+            place = math.log(parameters / low.parameters) / math.log(high.parameters / low.parameters)
+            return low.mfu + place * (high.mfu - low.mfu), high.source if place > 0.5 else low.source
+    return rows[-1].mfu, rows[-1].source
+
+
+def _sent_bytes(engine: EngineSettings, n: int, width: int, ranks: int, micro_steps: int) -> float:
+    """The bytes that each rank sends in a step: an all-reduce twice what it reduces, a gather or scatter once.
+
+    Rajbhandari et al. 2020, section 7; gradients go in fp32, at stages 2 and 3 in every micro-step.
+    """
+    stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
+    gradients, weights = 4 * n, width * n
+    sent = {
+        0: 2 * gradients,
+        1: 2 * gradients + weights,
+        2: micro_steps * gradients + weights,
+        3: micro_steps * (gradients + 2 * weights),
+    }[stage]
+    return sent * (ranks - 1) / ranks
+
+
+def _engines(configured: EngineSettings) -> list[DeepSpeed]:
+    """The engines to choose from, in the configured precision: those that give the same speed, simpler ones first."""
+    tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
+    return [
+        DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": recompute, "offload": offload})
+        for offload in ({}, {"optimizer": True}, {"optimizer": True, "parameters": True})
+        for stage in (1, 2, 3)
+        for recompute in ("none", "selective", "full")
+        if stage == 3 or "parameters" not in offload
+    ]
+
+
+def _engine_of(configured: EngineSettings, choice: Choice) -> EngineSettings:
+    if not isinstance(configured, DeepSpeed) and choice.zero_stage == 0:
+        return configured
+    tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
+    offload = {"optimizer": "optimizer" in choice.offload, "parameters": "parameters" in choice.offload}
+    stage = choice.zero_stage
+    return DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": choice.recompute, "offload": offload})
+
+
+def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
+    """Why it is this one: what the simpler ones lack."""
+    simplest = choices[0]
+    if best is simplest:
+        fills = best.memory.total / hardware.memory
+        return f"fits, {fills:.0%} of the memory used; more sharding would only send more"
+    if not simplest.micro_batch_seqs:
+        needs = simplest.memory.total / GIB
+        return f"ZeRO 1 alone needs {needs:,.0f} GiB of {hardware.memory / GIB:.0f} with one sequence"
+    gain = best.tokens_per_s / simplest.tokens_per_s - 1
+    return f"{gain:.0%} faster than ZeRO 1 alone, whose micro-batch is {simplest.micro_batch_seqs}"
+
+
+@cache
+def _cpu_tflops(precision: str) -> float:
+    return max(matmul_tflops(torch.device("cpu"), DTYPES[precision]) for _ in range(10))  # others may compute here too
+
+
+def _saves(shape: Shape, choice: Choice, run: TrainRun, hardware: Hardware) -> Saves:
+    """Young 1974: the interval sqrt(2 x cost of a save x mean time between faults) loses least.
+
+    What a save costs is the copy to the host; the writing goes on beside the training, so that no interval is shorter.
+    """
+    size = STATE_BYTES * shape.parameters
+    held = size / hardware.ranks / (GB * hardware.host_gb_s)
+    write = size / (GB * hardware.save_gb_s)
+    mtbf = 3600 * hardware.gpu_hours_per_fault / hardware.ranks
+    interval = max(math.sqrt(2 * held * mtbf), 2 * write)
+    step_s = run.batch_seqs * run.data.seq_tokens / choice.tokens_per_s
+    steps = max(1, round(interval / step_s)) if choice.micro_batch_seqs else None
+    return Saves(size, held, write, mtbf, interval, steps)
+
+
+# --- for people -----------------------------------------------------------------------------------------------------
+
+NAMES = {"optimizer": "masters, moments", "logits": "logits, loss"}
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+
+
+def show(plan: Plan, console: Console) -> None:
+    """What the run is, where its memory goes, what to expect, and how often to save."""
+    ranks = plan.hardware.ranks
+    _say(console, f"{plan.name}: {plan.parameters:,} parameters, {plan.flops_per_token / 1e9:,.3g} GFLOP per token,")
+    _say(console, f"steps of {plan.batch_seqs:,} x {plan.seq_tokens:,} tokens, {plan.train_tokens / 1e9:,.4g} G tokens")
+    if not plan.advised.micro_batch_seqs:
+        _say(console, f"\n{plan.hardware.gpu} x {ranks}: {plan.reason}. What comes nearest:")
+    _say(console, f"\nmemory of one rank of {ranks}, GiB of {plan.hardware.memory / GIB:,.1f}")
+    console.print(_memory_table(plan))
+    _say(console, f"advised: {plan.advised.settings}\n         {plan.reason}")
+    _say(console, "\nexpected, each with what is best there (estimates: see the sources)")
+    console.print(_expected_table(plan))
+    for source in dict.fromkeys(f"{each.hardware}: {each.source}" for each in plan.expected):
+        _say(console, f"  {source}")
+    _say(console, _saves_lines(plan))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _memory_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    configured, advised = plan.as_configured, plan.advised
+    columns = {"as configured": configured.memory, "advised": advised.memory}
+    columns |= {f"recompute {kind}": memory for kind, memory in plan.by_recompute.items()}
+    table = Table("", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in PARTS:
+        table.add_row(NAMES.get(part, part), *(_gib(memory.parts()[part]) for memory in columns.values()))
+    table.add_row("together", *(_gib(memory.total) for memory in columns.values()))
+    if any(memory.host for memory in columns.values()):
+        table.add_row("on the host", *(_gib(memory.host) for memory in columns.values()))
+    rows = [_rows(configured), *[_rows(advised)] * (len(columns) - 1)]
+    table.add_row("micro-batch that fits", *rows)
+    return table
+
+
+def _rows(choice: Choice) -> str:
+    return str(choice.micro_batch_seqs) if choice.micro_batch_seqs else "none"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _expected_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "hardware",
+        "ZeRO",
+        "recompute",
+        "offload",
+        "micro-batch",
+        "tokens/s",
+        "MFU",
+        "sending",
+        "time",
+        "USD",
+    ):
+        table.add_column(name, justify="left" if name == "hardware" else "right", no_wrap=True)
+    for each in plan.expected:
+        choice = each.choice
+        fits = choice.micro_batch_seqs > 0
+        table.add_row(
+            each.hardware, str(choice.zero_stage), choice.recompute, choice.offload,
+            _rows(choice), f"{choice.tokens_per_s:,.0f}" if fits else "",
+            f"{each.mfu:.1%}" if fits and each.mfu is not None else "",
+            f"{choice.communication:.0%}" if fits else "", duration(each.days * 86400) if fits else "does not fit",
+            f"{each.usd:,.0f}" if fits and each.usd is not None else "",
+        )  # fmt: skip
+    return table
+
+
+def _saves_lines(plan: Plan) -> str:
+    saves = plan.saves
+    whole = plan.train_tokens // (plan.batch_seqs * plan.seq_tokens)
+    steps = "" if saves.interval_steps is None else f", checkpoint.save_every_steps={saves.interval_steps}"
+    steps = ", longer than this run" if saves.interval_steps is not None and saves.interval_steps > whole else steps
+    return (
+        f"\ncheckpoint: {saves.bytes / GB:,.4g} GB; ranks held up {saves.held_s:.3g} s, whole after "
+        f"{duration(saves.write_s)} at {plan.hardware.save_gb_s:g} GB/s\n"
+        f"save every {duration(saves.interval_s)}{steps}: a fault every {duration(saves.mtbf_s)}\n"
+        f"  {FAULT_SOURCE}"
+    )

@@ -1,0 +1,151 @@
+"""`pretrain plan`: what a run needs and what to expect, for every config that ships."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import configs
+from configs import ConfigError
+from pretrain import plan as plans
+from pretrain.cli import app
+from pretrain.engine.zero import DeepSpeed
+from pretrain.memory import GIB
+from pretrain.plan import CARDS, GPU_HOURS_PER_FAULT, PUBLISHED, Hardware, expected_mfu, load_plan, make_plan
+from tests.pretrain.fitted import a_run
+
+PLANNED = [path for path in configs.all_files() if path.parent.name in ("configs", "model")]
+GPT3 = {"kind": "gpt", "layers": 96, "width": 12288, "heads": 96, "context": 2048, "vocab_size": 50257}
+
+
+@pytest.fixture(autouse=True)
+def _no_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on how fast this machine is."""
+    monkeypatch.setattr(plans, "_cpu_tflops", lambda _precision: 0.1)
+
+
+@pytest.fixture
+def gpt3(tmp_path: Path) -> Path:
+    path = tmp_path / "gpt3.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in GPT3.items()))
+    return path
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_can_be_planned(path: Path) -> None:
+    made = load_plan(path, ["hardware.gpu=h100", "hardware.nodes=16"])
+    assert [each.hardware.split()[-1] for each in made.expected][:3] == ["H100", "H200", "A100"]
+    assert made.advised.micro_batch_seqs > 0 and made.advised.memory.total < 79 * GIB
+    json.dumps(made.tree())
+
+
+def test_gpt_3_is_shared_by_1024_gpus(gpt3: Path) -> None:
+    made = load_plan(gpt3, ["hardware.nodes=128", "batch_tokens=3200Ki"])
+    assert made.parameters == 174_604_259_328
+    assert made.advised.zero_stage == 3 and made.advised.offload == "none" and made.advised.micro_batch_seqs > 0
+    assert made.as_configured.micro_batch_seqs == 0
+    assert made.reason.startswith("ZeRO 1 alone needs 1,")
+    assert made.advised.memory.total < 79 * GIB < made.as_configured.memory.total
+    assert made.saves.bytes == 12 * made.parameters
+
+
+def test_what_one_gpu_does_not_hold_says_what_is_needed(gpt3: Path) -> None:
+    made = load_plan(gpt3, ["hardware.nodes=1", "hardware.gpus_per_node=1"])
+    assert made.advised.micro_batch_seqs == 0
+    assert made.reason.startswith("does not fit; about 64 GPUs are needed (hardware.nodes=64)")
+    fits = load_plan(gpt3, ["hardware.nodes=64", "hardware.gpus_per_node=1"])
+    assert fits.advised.micro_batch_seqs > 0
+
+
+def test_hardware_is_apart_from_the_run_and_the_run_may_be_overridden() -> None:
+    path = configs.CONFIGS / "gpt2-small.yaml"
+    made = load_plan(path, ["hardware.gpu=a100", "batch_tokens=64Ki", "hardware.usd_per_gpu_hour=2"])
+    assert made.hardware.gpu == "a100" and made.batch_seqs == 64
+    first = made.expected[0]
+    assert first.usd == pytest.approx(first.days * 24 * 8 * 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "hardware.gpu=h300",
+            "command line (hardware.gpu=h300): hardware.gpu: expected 'h100', 'h200', 'a100' or 'cpu'",
+        ),
+        ("hardware.node=2", "command line (hardware.node=2): hardware.node: unknown key; did you mean hardware.nodes?"),
+    ],
+)
+def test_hardware_that_is_not_known_is_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_plan(configs.CONFIGS / "gpt2-small.yaml", [override])
+    assert str(caught.value).startswith(said)
+
+
+def test_more_ranks_save_more_often_by_the_root_of_their_number() -> None:
+    """Young 1974: sqrt(2 x cost x time between faults); the cost falls with the ranks as well, which each copy less."""
+    run = a_run(batch_tokens=2**20)
+    few, many = (make_plan(run, Hardware(nodes=nodes)).saves for nodes in (1, 16))
+    assert few.mtbf_s == pytest.approx(GPU_HOURS_PER_FAULT * 3600 / 8) == pytest.approx(16 * many.mtbf_s)
+    assert few.interval_s == pytest.approx(max(math.sqrt(2 * few.held_s * few.mtbf_s), 2 * few.write_s))
+    assert few.interval_s == pytest.approx(16 * many.interval_s)
+
+
+def test_no_save_is_begun_before_the_one_before_it_is_whole() -> None:
+    run = a_run(batch_tokens=2**20)
+    saves = make_plan(run, Hardware(save_gb_s=1e-8)).saves
+    assert saves.interval_s == 2 * saves.write_s
+
+
+def test_the_share_of_the_peak_lies_between_what_was_published() -> None:
+    for card, rows in PUBLISHED.items():
+        assert all(expected_mfu(card, int(row.parameters))[0] == pytest.approx(row.mfu, abs=1e-3) for row in rows)
+        assert all(0.3 < row.mfu < 0.7 and row.source for row in rows)
+        for low, high in pairwise(rows):
+            between = expected_mfu(card, int(math.sqrt(low.parameters * high.parameters)))[0]
+            assert between == pytest.approx((low.mfu + high.mfu) / 2, abs=1e-3)
+    assert "expect less" in expected_mfu("h100", 10_000_000)[1]
+    assert all(card.mfu in PUBLISHED for card in CARDS.values())
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_steps", "elements"), [(1, 4, 2 * 4 + 2), (2, 4, 4 * 4 + 2), (3, 4, 4 * (4 + 2 * 2)), (3, 1, 8)]
+)
+def test_what_ranks_send_is_that_of_the_zero_paper(stage: int, micro_steps: int, elements: int) -> None:
+    """Rajbhandari et al. 2020, section 7: 2, 2 and 3 times the model, here with gradients in fp32."""
+    sent = plans._sent_bytes(DeepSpeed(zero_stage=stage), 1000, 2, 8, micro_steps)
+    assert sent == pytest.approx(1000 * elements * 7 / 8)
+
+
+def test_a_slower_network_is_a_larger_share_of_the_step() -> None:
+    path = configs.CONFIGS / "gpt2-small.yaml"
+    fast, slow = (
+        load_plan(path, ["hardware.nodes=2", f"hardware.network_gb_s={rate}"]).expected[0].choice for rate in (400, 25)
+    )
+    assert slow.communication > fast.communication
+    assert slow.tokens_per_s < fast.tokens_per_s
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["plan", str(configs.CONFIGS / "gpt2-small.yaml"), "hardware.nodes=2"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    for text in (
+        "124,439,808 parameters",
+        "masters, moments",
+        "16 x H200",
+        "estimates",
+        "checkpoint: 1.493 GB",
+        "advised:",
+    ):
+        assert text in shown.stdout
+    assert all(len(line) <= 200 for line in shown.stdout.splitlines())
+    tree = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert tree["parameters"] == 124_439_808 and tree["estimates"] is True
+    assert tree["hardware"]["nodes"] == 2 and len(tree["expected"]) == 4
+    assert tree["advised"]["memory"]["weights"] == 2 * 124_439_808
+    assert {row["source"] for row in tree["sources"]["h100"]} == {row.source for row in PUBLISHED["h100"]}

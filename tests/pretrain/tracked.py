@@ -1,0 +1,91 @@
+"""The peak memory of an engine's step as torch tracks it (MemTracker), on this machine and at any number of ranks.
+
+The torch engine runs on fake tensors, which hold no data, at any size. DeepSpeed, which looks at addresses, runs on
+real ones, and the other ranks are torch's fake process group, whose collectives do nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.engine import EngineSettings
+from pretrain.engine.zero import DeepSpeed
+from pretrain.models.gpt import Gpt
+from pretrain.objectives import NextToken
+from pretrain.optim import AdamW
+from pretrain.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+class _Ones(TorchDispatchMode):
+    """Numbers read off tensors, which fake ones do not hold, are 1: the norm of the gradient."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        return func(*args, **(kwargs or {}))
+
+
+def torch_engine_peak(gpt: Gpt, engine: EngineSettings, rows: int, length: int) -> int:
+    """Bytes at the peak of a step of one rank, its engine's states included."""
+    with FakeTensorMode(), _Ones():
+        return _peak(gpt, engine, rows, length, ranks=1)
+
+
+def zero_peaks(alone: Ranks, gpt: Gpt, engines: list[DeepSpeed], rows: int, length: int, bucket: int) -> list[int]:
+    """The same of rank 0 of eight, for each engine, with buckets of that many gradients. For a process of its own."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    os.environ["WORLD_SIZE"] = "8"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
+    whole = DeepSpeed._zero_config
+    DeepSpeed._zero_config = lambda self: whole(self) | {"reduce_bucket_size": bucket}  # type: ignore[method-assign]
+    return [_peak(gpt, engine, rows, length, ranks=8) for engine in engines]
+
+
+def _peak(gpt: Gpt, settings: EngineSettings, rows: int, length: int, ranks: int) -> int:
+    place: Any = SimpleNamespace(device=CPU, size=ranks, rank=0)
+    optim = AdamW(lr_peak=1e-4)
+    tracker = MemTracker()
+    model = gpt.build()
+    model.to = lambda device: model  # type: ignore[method-assign, assignment]  # fake parameters cannot be moved
+    tracker.track_external(model)
+    with tracker:
+        engine = settings.build(model, optim, place)
+        gc.collect()
+        tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
+        batch = NextToken().batch(tokens, torch.full((rows,), length))
+        engine.step([batch], rows * length, optim.rates(1.0))
+        tracker.reset_mod_stats()  # the peak of what follows
+        engine.step([batch], rows * length, optim.rates(1.0))
+    return int(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
+
+
+def gpu_peak(ranks: Ranks, gpt: Gpt, settings: EngineSettings, rows: int, length: int) -> tuple[int, int]:
+    """Bytes that a GPU had given out at the peak of a step, measured and by arithmetic."""
+    from pretrain.memory import Shape, step_memory
+    from pretrain.models.loss import loss_plan
+
+    optim = AdamW(lr_peak=1e-4)
+    engine = settings.build(gpt.build(), optim, ranks)
+    gc.collect()
+    tokens = torch.zeros(rows, length + 1, dtype=torch.int64, device=ranks.device)
+    batch = NextToken().batch(tokens, torch.full((rows,), length, device=ranks.device))
+    for _ in range(2):
+        engine.step([batch], rows * length, optim.rates(1.0))
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    plan, compiles = loss_plan(settings.loss, ranks.device), settings.compiles(ranks.device)
+    return peak, int(step_memory(Shape.of(gpt), settings, 1, rows * length, plan, compiles, accumulates=False).total)
