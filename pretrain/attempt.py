@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from configs import ConfigError
 from data_pipeline.failpoints import fail_at, spoil
 from data_pipeline.order import cut
 from data_pipeline.shards import ShardError, Shards
@@ -19,13 +20,14 @@ from pretrain import checkpoint, guard, replicas
 from pretrain.board import Board, Notice, Reading
 from pretrain.checkpoint import Committed, Position, Saver
 from pretrain.engine import Engine, Outcome
-from pretrain.evaluate import Abandoned, validation_losses
+from pretrain.evaluate import Abandoned, task_scores, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.meter import Ledger, Meter, duration
 from pretrain.noise import Noise
 from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
+from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.segments import Course
 from pretrain.stragglers import Stragglers
@@ -219,6 +221,30 @@ class Attempt:
             self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
             losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
             log.info("step %d  validation loss  %s", self.position.step, losses)
+        return True
+
+    def evaluate_tasks(self) -> bool:
+        """Measure the scores of the tasks; False where that was left unfinished, the ranks asked to stop."""
+        begun, settings = time.perf_counter(), self.run.evaluation
+        try:
+            scores = task_scores(
+                self.engine.module, run_tokenizer(self.run), self.run.model.context, settings.tasks, settings.shots,
+                self.ranks, self.run.micro_batch_seqs, self._before_batch,
+            )  # fmt: skip
+        except Abandoned:
+            self._say("evaluation of tasks left unfinished: asked to stop")
+            return False
+        except ConfigError as error:  # a file that was there at the start
+            self.note("tasks", f"tasks not evaluated: {error}")
+            return True
+        seconds = time.perf_counter() - begun
+        self.meter.aside(seconds)
+        self.ledger.add("evaluate", seconds)
+        if self.journal is not None:
+            metrics = {f"{score.key}/{name}": value for score in scores for name, value in score.metrics.items()}
+            self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
+            shown = "  ".join(f"{s.task} {s.shots}-shot {s.metrics['accuracy']:.1%}" for s in scores)
+            log.info("step %d  accuracy  %s", self.position.step, shown)
         return True
 
     def _before_batch(self) -> bool:

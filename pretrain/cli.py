@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import configs
 from configs import ConfigError
 
+if TYPE_CHECKING:
+    from pretrain.examination import Questions
+    from pretrain.generate import Sampling
+    from pretrain.restore import Restored
+    from pretrain.run import TrainRun
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Train language models, and look at what became of them."
 )
 
 Run = Annotated[Path, typer.Argument(help="the config of a run, or its run folder")]
+Checkpoint = Annotated[str, typer.Argument(help="a run or its config; RUN@step for one of its checkpoints")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
 
 
@@ -131,24 +138,131 @@ def trace(
 
 @app.command()
 def generate(
-    run: Annotated[str, typer.Argument(help="a run or its config; RUN@step for one of its checkpoints")],
-    prompt: Annotated[str, typer.Argument(help="what the text begins with")] = "",
+    run: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="what the text begins with; the question, with --shots")] = "",
+    file: Annotated[Path | None, typer.Option(help="prompts: one per line, or .jsonl")] = None,
+    shots: Annotated[Path | None, typer.Option(help="YAML: examples before the question, and its form")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="texts per prompt")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0)] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token")] = 1.0,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="text i is drawn with seed + i")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="texts at once")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: a line per text")] = False,
 ) -> None:
-    """Write text with a checkpoint of a run."""
+    """Write text with a checkpoint of a run. A single text is shown as it is written."""
     from pretrain.generate import Sampling
+    from pretrain.prompts import Shots, read_prompts
     from pretrain.restore import open_run
 
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    restored = open_run(run)
-    print(prompt, end="")
-    for piece in restored.write(prompt, sampling):
+    if file is not None and prompt:
+        raise ConfigError("--file: give a prompt or a file of prompts, got both")
+    form = configs.load(Shots, shots) if shots is not None else None
+    asked = read_prompts(file) if file is not None else [prompt]
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        stop=(*(stop or ()), *(form.stop if form else ())),
+    )  # fmt: skip
+    prompts = [form.prompt(text) if form else text for text in asked for _ in range(samples)]
+    write = _write_json if as_json else _write_one if len(prompts) == 1 else _write_several
+    _show_progress()
+    write(open_run(run), prompts, sampling, batch)
+
+
+def _write_one(restored: Restored, prompts: list[str], sampling: Sampling, batch: int) -> None:
+    print(prompts[0], end="", flush=True)
+    for piece in restored.write(prompts[0], sampling):
         print(piece, end="", flush=True)
     print()
+
+
+def _write_several(restored: Restored, prompts: list[str], sampling: Sampling, batch: int) -> None:
+    for number, text in enumerate(restored.write_texts(prompts, sampling, batch)):
+        head = f"--- {number + 1} of {len(prompts)}, seed {sampling.seed + number}"
+        print(f"{head}\n{prompts[number]}{text.text}", flush=True)
+
+
+def _write_json(restored: Restored, prompts: list[str], sampling: Sampling, batch: int) -> None:
+    import json
+
+    for number, text in enumerate(restored.write_texts(prompts, sampling, batch)):
+        line = {
+            "prompt": prompts[number], "text": text.text, "tokens": text.tokens, "stopped": text.stopped,
+            "seed": sampling.seed + number, "checkpoint": restored.committed.folder.name,
+        }  # fmt: skip
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+@app.command()
+def evaluate(
+    run: Checkpoint,
+    task: Annotated[
+        list[str] | None, typer.Option(help="lambada, piqa or winogrande, with =FILE where the run has none")
+    ] = None,
+    shots: Annotated[str | None, typer.Option(help="examples before each question: some of 0,1,few")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="of each task, the first so many")] = None,
+    every: Annotated[bool, typer.Option("--all", help="every checkpoint of the run, oldest first")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="sequences at once on each rank")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="compute in bf16; default: fp32")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Perplexity per corpus, and LAMBADA, PIQA and WinoGrande; kept in RUN/evaluations. One process is one rank."""
+    from pretrain.evaluations import table
+    from pretrain.examination import carry, examine, questions
+
+    _show_progress()
+    loaded: list[TrainRun] = []
+
+    def ask(its_run: TrainRun) -> Questions:
+        loaded.append(its_run)
+        return questions(its_run, task, shots, rows, batch, "bf16" if bf16 else "fp32")
+
+    found = examine(run, ask, every)
+    if not found:
+        return  # another rank says it
+    if as_json:
+        import json
+
+        print(json.dumps([each.tree for each in found], indent=1))
+    else:
+        print("\n".join(table(found)))
+    carry(loaded[0])
+
+
+@app.command()
+def export(
+    run: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    bf16: Annotated[bool, typer.Option("--bf16", help="weights in bf16; default: fp32")] = False,
+    file_size: Annotated[str, typer.Option(help="of a file of weights, at most")] = "2Gi",
+    check: Annotated[bool, typer.Option("--check", help="load it with transformers, and compare the logits")] = False,
+) -> None:
+    """Write a checkpoint as a folder that Hugging Face's transformers loads, with its tokenizer and a model card."""
+    from data_pipeline.progress import size
+    from pretrain.export import export as export_checkpoint
+
+    _show_progress()
+    try:
+        file_bytes = configs.parse_int(file_size)
+    except ValueError as error:
+        raise ConfigError(f"--file-size: {error}") from None
+    done = export_checkpoint(run, out, "bf16" if bf16 else "fp32", max(file_bytes, 1), check)
+    parity = "" if done.difference is None else f", logits differ from transformers' by at most {done.difference:.1e}"
+    there = "is there already" if done.was_there else f"{done.files} files, {size(done.bytes)}{parity}"
+    print(f"{done.folder}: {there}")
+    if done.approximation is not None:
+        print(f"pretrain: {done.folder} is {done.approximation}", file=sys.stderr)
+
+
+def _show_progress() -> None:
+    """Let the lines of long work be seen where there is no terminal."""
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("pretrain", "data-prep"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @app.command()
@@ -181,6 +295,7 @@ def track_sync(run: Run) -> None:
     """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
     from pretrain.run import load_run
     from pretrain.track import TrackError, sync
+    from pretrain.track.mlflow import carry_evaluations
 
     loaded = load_run(run)
     try:
@@ -188,6 +303,8 @@ def track_sync(run: Run) -> None:
             print(
                 f"{synced.name}: {synced.metrics} metrics and {synced.checkpoints} checkpoints carried to {synced.page}"
             )
+        for config in loaded.track:
+            carry_evaluations(config, loaded.run_folder)
     except TrackError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -1,33 +1,83 @@
-"""Validation loss per corpus: the same rows whatever the number of ranks."""
+"""Validation loss per corpus, and scores of tasks: the same rows whatever the number of ranks."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
 
-from configs import Int, Section
+from configs import ConfigError, Int, Section
 from data_pipeline.stream import Validation
-from pretrain.engine import Engine
-from pretrain.objectives import Objective
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.objectives import Batch, Objective
 from pretrain.ranks import Pending, Ranks
+from pretrain.tasks import TASKS, Name, Shots, TaskFile, read_rows
+
+if TYPE_CHECKING:
+    from pretrain.evaluations import Score
 
 
 class Evaluation(Section):
-    """When and on how much validation text a run is measured."""
+    """When and on how much validation text a run is measured, and on which tasks (`pretrain/tasks.py`)."""
 
     every_steps: Int = Field(default=500, gt=0)
     tokens: Int = Field(default=1_000_000, gt=0)  # per corpus, at most
+    tasks: dict[Name, TaskFile] = Field(default_factory=dict)
+    shots: tuple[Annotated[Shots, BeforeValidator(str)], ...] = ("0", "1", "few")
+    tasks_every_steps: Int | None = Field(default=None, gt=0)  # in training; default: only by `pretrain evaluate`
 
 
 class Abandoned(Exception):
     """A rank was asked to stop: the evaluation is left unfinished, on all ranks at the same batch."""
 
 
+class Measured(Protocol):
+    """What is asked of a model to be measured: an engine, or a model alone."""
+
+    module: nn.Module
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted sum of a batch's losses in fp32, without gradients."""
+
+
+@dataclass
+class Alone:
+    """A model without an engine."""
+
+    module: nn.Module
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        """See `Measured.loss`."""
+        loss: Tensor = self.module(*batch)
+        return loss.float()
+
+
+class Poll:
+    """Called before each batch on every rank: raises Abandoned on all of them, a batch after one was asked to stop."""
+
+    def __init__(self, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
+        self._ranks, self._asked_to_stop = ranks, asked_to_stop
+        self._asked: Pending | None = None
+
+    def __call__(self) -> None:
+        before, self._asked = self._asked, self._ranks.sum_later(torch.tensor([float(self._asked_to_stop())]))
+        if before is not None and before.result().item():
+            self._asked.result()
+            raise Abandoned
+
+
 def validation_losses(
-    engine: Engine,
+    engine: Measured,
     objective: Objective,
     corpora: Mapping[str, Validation],
     ranks: Ranks,
@@ -39,30 +89,34 @@ def validation_losses(
     `asked_to_stop` is called before each batch; when it is true on any rank, Abandoned is raised on all of them a
     batch later.
     """
-    engine.module.eval()
+    with measuring(engine.module):
+        return _losses(engine, objective, corpora, ranks, rows, Poll(ranks, asked_to_stop))
+
+
+@contextlib.contextmanager
+def measuring(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and back to what it was."""
+    was_training = module.training
+    module.eval()
     try:
-        return _losses(engine, objective, corpora, ranks, rows, asked_to_stop)
+        yield
     finally:
-        engine.module.train()
+        module.train(was_training)
 
 
 def _losses(
-    engine: Engine,
+    engine: Measured,
     objective: Objective,
     corpora: Mapping[str, Validation],
     ranks: Ranks,
     rows: int,
-    asked_to_stop: Callable[[], bool],
+    poll: Poll,
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    asked: Pending | None = None
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
         for read in validation.batches(rows, ranks.rank, ranks.size):
-            before, asked = asked, ranks.sum_later(torch.tensor([float(asked_to_stop())]))
-            if before is not None and before.result().item():
-                asked.result()
-                raise Abandoned
+            poll()
             tokens, valid, documents = (
                 None if part is None else torch.from_numpy(part).to(ranks.device) for part in read
             )
@@ -73,3 +127,77 @@ def _losses(
             metrics[f"validation/{name}/loss"] = loss
             metrics[f"validation/{name}/perplexity"] = math.exp(min(loss, 700.0))
     return metrics
+
+
+def check_tasks(evaluation: Evaluation) -> None:
+    """Raise ConfigError where a task that is evaluated in training cannot be: the harness or a file is missing."""
+    if evaluation.tasks_every_steps is None:
+        return
+    if not evaluation.tasks:
+        raise ConfigError("evaluation.tasks_every_steps: no evaluation.tasks are given")
+    import_harness()
+    read_files(evaluation.tasks)
+
+
+def read_files(files: Mapping[Name, TaskFile]) -> None:
+    """Raise ConfigError where the file of a task cannot be read."""
+    for name, file in files.items():
+        for path in (file.path, *([file.examples] if file.examples else [])):
+            read_rows(path, TASKS[name])
+
+
+def import_harness() -> ModuleType:
+    """`pretrain.harness`. Raises ConfigError where lm-evaluation-harness is not installed."""
+    try:
+        return importlib.import_module("pretrain.harness")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'longhaul[evaluate]'"
+        ) from None
+
+
+def task_scores(
+    module: nn.Module,
+    tokenizer: Tokenizer,
+    context: int,
+    files: Mapping[Name, TaskFile],
+    shots: Sequence[Shots],
+    ranks: Ranks,
+    rows: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    show: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Score]:
+    """Every task at every number of shots, on every rank alike; `rows` sequences at once on each.
+
+    Abandoned is raised as by `validation_losses`; `show(what, done, all)` is told how far it is. Raises ConfigError
+    on all ranks where one of them cannot read a file.
+    """
+    harness = import_harness()
+    _agree(ranks, files)
+    poll = Poll(ranks, asked_to_stop)
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode_batch([text])[0])
+
+    def score(name: Name, each: Shots) -> Score:
+        def before_batch(done: int, total: int) -> None:
+            poll()
+            show(f"{name} {each}-shot", done, total)
+
+        model = harness.Model(module, tokenizer, context, ranks, rows, ranks.device, before_batch)
+        found: Score = harness.evaluate_task(model, name, files[name], each, context, count)
+        return found
+
+    with measuring(module):
+        return [score(name, each) for name, each in itertools.product(files, shots)]
+
+
+def _agree(ranks: Ranks, files: Mapping[Name, TaskFile]) -> None:
+    problem = None
+    try:
+        read_files(files)
+    except ConfigError as error:
+        problem = str(error)
+    for found in ranks.gather(problem):
+        if found is not None:
+            raise ConfigError(found)

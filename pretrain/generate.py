@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from configs import Float, Int, Section
+from data_pipeline.tokenizer import Tokenizer
 from pretrain.models.attention import Past
 from pretrain.models.gpt import GPT
 
 
 class Sampling(Section):
-    """How the next token is drawn. Temperature 0 takes the likeliest; top_k and top_p cut the unlikely ones off."""
+    """How the next token is drawn. Temperature 0 takes the likeliest; top_k and top_p cut the unlikely ones off.
+
+    A text ends before the first of the `stop` strings in it.
+    """
 
     max_tokens: Int = Field(200, gt=0)
     temperature: Float = Field(1.0, ge=0)
     top_k: Int | None = Field(None, gt=0)
     top_p: Float | None = Field(None, gt=0, le=1)
     seed: Int = Field(0, ge=0)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """The next tokens int64[B], from logits [B, V]; drawn on the CPU, so a seed means the same on every device."""
@@ -55,25 +61,91 @@ def sample(model: GPT, prompt: Sequence[int], sampling: Sampling, end: int | Non
     The model is in evaluation mode. It sees at most its context: when that is full, the later half of it is read again
     and goes on.
     """
-    assert prompt, "a prompt has at least one token; a text begins with <|endoftext|>"
-    context = model.config.context
-    generator = torch.Generator().manual_seed(sampling.seed)
-    seen, past = list(prompt[-context:]), model.new_past()
+    return (token for _, token in sample_rows(model, [prompt], sampling, end))
+
+
+def sample_rows(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    end: int | None = None,
+    done: set[int] | None = None,
+    first_row: int = 0,
+) -> Iterator[tuple[int, int]]:
+    """`sample` for several prompts at once: (row, token) as they are drawn. A row that is put into `done` ends.
+
+    All rows are equally long at every step: the shortest prompt is read at once, and what the others have beyond it is
+    taken from them instead of drawn. So nothing is padded or masked, and the logits are those of each row alone. Row i
+    is drawn with seed + first_row + i, so what it draws does not depend on the rows beside it.
+    """
+    assert all(prompts), "a prompt has at least one token; a text begins with <|endoftext|>"
+    context, done = model.config.context, set() if done is None else done
+    given = [list(prompt[-context:]) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + first_row + row) for row in range(len(given))]
+    left = [sampling.max_tokens] * len(given)
+    place = min(map(len, given), default=0)  # how many tokens each row has had
+    seen, past = [prompt[:place] for prompt in given], model.new_past()
     unread = seen
-    for _ in range(sampling.max_tokens):
-        token = int(sampling.choose(_last_logits(model, unread, past), generator))
-        if token == end:
-            return
-        yield token
-        seen, unread = [*seen, token], [token]
-        if len(seen) > context:
-            seen, past = seen[-max(context // 2, 1) :], model.new_past()
+    while len(done) < len(given):
+        logits = _last_logits(model, unread, past)
+        unread = [prompt[place : place + 1] for prompt in given]
+        for row in range(len(given)):
+            if unread[row]:
+                continue
+            unread[row] = [0]  # of a row that is done: it goes on with the others, and nobody looks
+            if row in done:
+                continue
+            token = int(sampling.choose(logits[row : row + 1], generators[row]))
+            left[row] -= 1
+            if token == end or not left[row]:
+                done.add(row)
+            if token != end:
+                unread[row] = [token]
+                yield row, token
+        seen, place = [had + new for had, new in zip(seen, unread, strict=True)], place + 1
+        if len(seen[0]) > context:
+            seen, past = [had[-max(context // 2, 1) :] for had in seen], model.new_past()
             unread = seen
 
 
 @torch.no_grad()
-def _last_logits(model: GPT, tokens: list[int], past: list[Past]) -> Tensor:
-    """Logits [1, V] after the last of the tokens."""
+def _last_logits(model: GPT, rows: list[list[int]], past: list[Past]) -> Tensor:
+    """Logits [B, V] after the last of the tokens of each row."""
     device = next(model.parameters()).device
-    logits: Tensor = model(torch.tensor([tokens], device=device), past=past)
+    logits: Tensor = model(torch.tensor(rows, device=device), past=past)
     return logits[:, -1]
+
+
+class Text:
+    """What the tokens of a row spell: given out in whole characters, and ended before the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self.tokens: list[int] = []
+        self.text = ""  # given out
+        self.stopped = False  # by a stop string
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before: not the half of a character, or of a stop string."""
+        self.tokens.append(token)
+        text = self._tokenizer.decode(self.tokens)
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._give(text[: min(found)])
+        if text.endswith("\ufffd"):  # a character is whole only when all its bytes are there
+            return ""
+        return self._give(text[: len(text) - max((_begun(text, stop) for stop in self._stop), default=0)])
+
+    def rest(self) -> str:
+        """What was held back, when no token follows."""
+        return "" if self.stopped else self._give(self._tokenizer.decode(self.tokens))
+
+    def _give(self, text: str) -> str:
+        piece, self.text = text[len(self.text) :], text
+        return piece
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters of a stop string the text ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

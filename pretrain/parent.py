@@ -3,7 +3,7 @@
     fork_from: RUN@step           weights and optimizer; position 0 of its own order, or on with the parent's
     init_from: RUN@step           weights alone, position 0
                models:/NAME@alias the same of a checkpoint in MLflow's registry
-               FOLDER             the same of a GPT-2 as Hugging Face keeps it: config.json and model.safetensors
+               FOLDER             the same of a GPT-2 or GPT-1 as Hugging Face keeps it: config.json, model.safetensors
 
 RUN@step may also be the path of a checkpoint, as `.../checkpoints/step-1000.b1`. The parent is read once, at the start;
 it is recorded in the branch's record, and the run goes on with its own checkpoints from then on.
@@ -25,7 +25,7 @@ from pretrain.checkpoint import Committed, Damaged, Position
 from pretrain.engine import Engine
 from pretrain.fields import field_class
 from pretrain.models.gpt import GPT
-from pretrain.models.hugging_face import read_gpt2, weight_files
+from pretrain.models.hugging_face import OURSELVES, read_config, read_folder, weight_files
 from pretrain.models.weights import fill, initialize
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
@@ -69,7 +69,7 @@ def find_parent(run: TrainRun) -> Parent | None:
         return None
     if (Path(run.init_from) / "config.json").is_file():
         folder = Path(run.init_from)
-        read_gpt2(folder, run.model)  # its checks; nothing of the weights is read yet
+        _check_folder(folder, run)
         return Parent("init", run.init_from, folder, _files_hash(weight_files(folder)), ORIGIN, None)
     committed = _registered(run, run.init_from) if _is_model(run.init_from) else find_checkpoint(run.init_from)
     _check_model(committed, run, "init_from", run.init_from)
@@ -110,7 +110,7 @@ def give_first_values(model: GPT, run: TrainRun, parent: Parent | None) -> None:
         return initialize(model, run.seed)
     try:
         if parent.step is None:
-            return fill(model.named_parameters(), read_gpt2(parent.folder, run.model))
+            return fill(model.named_parameters(), read_folder(parent.folder, run.model))
         committed = checkpoint.open_checkpoint(parent.folder, parent.hash)
         return fill(model.named_parameters(), checkpoint.read_weights(committed))
     except (Damaged, ValueError) as error:
@@ -169,6 +169,18 @@ def _registered(run: TrainRun, name: str) -> Committed:
         return checkpoint.open_checkpoint(path, manifest_hash)
     except (Damaged, LookupError) as error:
         raise ConfigError(f"init_from: {name}: {error.args[0]}") from None
+
+
+def _check_folder(folder: Path, run: TrainRun) -> None:
+    """Refuse weights of another architecture, or of an export of ours with another tokenizer. Reads no weights."""
+    try:
+        read_folder(folder, run.model)
+    except ValueError as error:
+        raise ConfigError(f"init_from: {folder}: {error}") from None
+    theirs = read_config(folder).get(OURSELVES, {}).get("tokenizer_sha256")
+    ours = Corpora(run.data).tokenizer_sha256
+    if theirs not in (None, ours):
+        raise ConfigError(f"init_from: {folder}: the models differ: tokenizer: {theirs[:12]} -> {ours[:12]}")
 
 
 def _check_model(committed: Committed, run: TrainRun, field: str, name: str) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from configs import ConfigError
+from data_pipeline.progress import Count
 from data_pipeline.stream import Corpora
 from data_pipeline.summary import folder_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import checkpoint
-from pretrain.checkpoint import Committed
-from pretrain.generate import Sampling, sample
+from pretrain.checkpoint import Committed, Damaged
+from pretrain.generate import Sampling, Text, sample_rows
 from pretrain.models.gpt import GPT
 from pretrain.models.weights import fill
 from pretrain.run import TrainRun, load_run
@@ -30,33 +31,73 @@ class Restored:
     tokenizer: Tokenizer
 
     def write(self, prompt: str, sampling: Sampling) -> Iterator[str]:
-        """The text that follows a prompt, piece by piece; stops at the end of a document."""
-        ids = [self.tokenizer.end_of_text, *self.tokenizer.encode_batch([prompt])[0].tolist()]
-        given: list[int] = []
-        shown = ""
-        for token in sample(self.model, ids, sampling, self.tokenizer.end_of_text):
-            given.append(token)
-            text = self.tokenizer.decode(given)
-            if not text.endswith("\ufffd"):  # a character is whole only when all its bytes are there
-                yield text[len(shown) :]
-                shown = text
+        """The text that follows a prompt, piece by piece; stops at the end of a document or at a stop string."""
+        return filter(None, self._write_batch([prompt], sampling, [Text(self.tokenizer, sampling.stop)]))
+
+    def write_texts(self, prompts: Sequence[str], sampling: Sampling, batch: int = 8) -> Iterator[Text]:
+        """What follows each of several prompts, in their order, `batch` of them at once; i is drawn with seed + i."""
+        with Count("generate", "tokens", len(prompts) * sampling.max_tokens) as show:
+            for begin in range(0, len(prompts), batch):
+                texts = [Text(self.tokenizer, sampling.stop) for _ in prompts[begin : begin + batch]]
+                for made, _ in enumerate(self._write_batch(prompts[begin : begin + batch], sampling, texts, begin)):
+                    show(begin * sampling.max_tokens + made)
+                yield from texts
+
+    def _write_batch(
+        self, prompts: Sequence[str], sampling: Sampling, texts: list[Text], begin: int = 0
+    ) -> Iterator[str]:
+        """The pieces of all of them as they come; `texts` has them apart."""
+        end, done = self.tokenizer.end_of_text, set[int]()
+        rows = [[end, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)]
+        for row, token in sample_rows(self.model, rows, sampling, end, done, begin):
+            yield texts[row].add(token)
+            if texts[row].stopped:
+                done.add(row)
+        yield from (text.rest() for text in texts)
 
 
 def open_run(name: str) -> Restored:
-    """Open RUN (its newest whole checkpoint) or RUN@step. Raises ConfigError."""
+    """Open RUN (its newest checkpoint) or RUN@step. Raises ConfigError."""
+    run, folders = named_checkpoints(name)
+    return restore(run, opened(folders[0]))
+
+
+def named_checkpoints(name: str) -> tuple[TrainRun, list[Path]]:
+    """The run of RUN or RUN@step, and its live checkpoints, newest first, or that one. Raises ConfigError."""
     path, at, step = name.rpartition("@")
     run = load_run(Path(path if at else name))
-    folders = checkpoint.live_checkpoints(run.run_folder)
-    if at:
-        folders = [f for f in folders if f.name.startswith(f"step-{step}.")]
+    alive = checkpoint.live_checkpoints(run.run_folder)
+    folders = [f for f in alive if not at or f.name.startswith(f"step-{step}.")]
     if not folders:
-        raise ConfigError(f"{run.run_folder}: no checkpoint{f' of step {step}' if at else ''}")
-    committed = checkpoint.open_checkpoint(folders[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = run.model.build().to(device)
-    fill(model.named_parameters(), checkpoint.read_weights(committed))
-    return Restored(run, committed, model.eval(), _tokenizer(run))
+        there = ", ".join(f.name.removeprefix("step-").split(".")[0] for f in reversed(alive)) or "none"
+        raise ConfigError(f"{run.run_folder}: no checkpoint{f' of step {step}' if at else ''}; there are: {there}")
+    return run, folders
 
 
-def _tokenizer(run: TrainRun) -> Tokenizer:
+def opened(folder: Path) -> Committed:
+    """A checkpoint whose manifest is whole. Raises ConfigError."""
+    try:
+        return checkpoint.open_checkpoint(folder)
+    except Damaged as error:
+        raise ConfigError(f"{error}; give RUN@step of another checkpoint") from None
+
+
+def restore(run: TrainRun, committed: Committed, device: torch.device | None = None) -> Restored:
+    """The model of a checkpoint, on the GPU where there is one. Raises ConfigError where its files are damaged."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    restored = Restored(run, committed, run.model.build().to(device).eval(), run_tokenizer(run))
+    load_weights(restored.model, committed)
+    return restored
+
+
+def load_weights(model: GPT, committed: Committed) -> None:
+    """Fill a model with the weights of a checkpoint. Raises ConfigError where its files are damaged."""
+    try:
+        fill(model.named_parameters(), checkpoint.read_weights(committed))
+    except Damaged as error:
+        raise ConfigError(f"{error}; give RUN@step of another checkpoint") from None
+
+
+def run_tokenizer(run: TrainRun) -> Tokenizer:
+    """The tokenizer of a run's corpora. Raises ConfigError."""
     return folder_tokenizer(next(iter(Corpora(run.data).manifests.values())))

@@ -22,6 +22,7 @@ from pretrain.archive import bring_home
 from pretrain.attempt import Attempt
 from pretrain.checkpoint import Committed, Damaged, Position, SaveError, Saver
 from pretrain.engine import Engine
+from pretrain.evaluate import check_tasks
 from pretrain.fields import check_same_run
 from pretrain.guard import StopSignals
 from pretrain.lineage import Lineage
@@ -66,6 +67,7 @@ class Start:
 
 def examine(run: TrainRun) -> Start:
     """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
+    check_tasks(run.evaluation)
     folder = run.run_folder
     begun = Lineage(folder).highest() > 0
     if run.resume == "never" and begun:

@@ -97,6 +97,8 @@ def _loop(a: Attempt) -> int:
             return a.end(ending)
         if last or a.due(settings.evaluation.every_steps):
             evaluated = a.evaluate()
+        if evaluated and settings.evaluation.tasks_every_steps is not None:
+            evaluated = not (last or a.due(settings.evaluation.tasks_every_steps)) or a.evaluate_tasks()
     return a.end(Ending(guard.DONE, a.end_reason) if evaluated else a.asked_to_stop())
 
 

@@ -19,6 +19,7 @@ from data_pipeline.preparation import Preparation
 from launch.cli import Where
 from pretrain.fields import CLASSES, field_class
 from pretrain.models import Model
+from pretrain.prompts import Shots
 from pretrain.run import TrainRun
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,8 @@ DOORS = {
     "fasttext": "data_pipeline/language.py",
     "deepspeed": "pretrain/engine/zero.py",
     "mlflow": "pretrain/track/mlflow.py",
+    "lm_eval": "pretrain/harness.py",
+    "transformers": "pretrain/export.py",
     "submitit": "launch/slurm.py",
 }
 PARSERS = {int: configs.parse_int, float: configs.parse_float, bool: configs.parse_bool}
@@ -94,6 +97,8 @@ def load(path: Path) -> Section:
         return configs.build(Where, {"launcher": str(path)}, "test")
     if folder == "data":
         return configs.load(Preparation, path)
+    if folder == "prompts":
+        return configs.load(Shots, path)
     assert folder == ".", f"configs/{folder}: which class loads it?"
     return configs.load(TrainRun, path)
 
@@ -179,7 +184,8 @@ def test_help_is_quick(room: str) -> None:
         f"import sys; from {room}.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit as done: assert not done.code\n"
-        "print(sorted({'torch', 'mlflow', 'transformers', 'deepspeed', 'tokenizers', 'pyarrow'} & set(sys.modules)))"
+        "heavy = {'torch', 'mlflow', 'transformers', 'lm_eval', 'deepspeed', 'tokenizers', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "Usage" in done.stdout, done.stderr

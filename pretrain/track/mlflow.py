@@ -537,3 +537,41 @@ def _name(key: str) -> str:
 def _text(value: Any, limit: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def carry_evaluations(config: Mlflow, run_folder: Path) -> int:
+    """Give a run's checkpoints in MLflow what `pretrain evaluate` found of them; how many metrics were new.
+
+    Nothing where the run itself has not been carried yet. Raises TrackError where MLflow is away.
+    """
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    from pretrain.evaluations import read_all  # imports the run, which imports this
+    from pretrain.track import TrackError
+
+    state = config.build(run_folder)._read_state()
+    if state.run_id is None or state.experiment_id is None:
+        return 0
+    carried = 0
+    try:
+        client = _client(config)
+        for found in read_all(run_folder):
+            name = re.sub(r"[/:.%\"']", "-", found.checkpoint)
+            condition = f"source_run_id = '{state.run_id}' AND name = '{name}'"
+            for model in client.search_logged_models([state.experiment_id], condition):
+                known = {metric.key: metric.value for metric in model.metrics or []}
+                at = round(found.time * 1000)
+                metrics = [
+                    Metric(_name(key), value, at, found.step, model_id=model.model_id)
+                    for key, value in found.metrics.items()
+                    if math.isfinite(value)
+                    and known.get(_name(key)) != value
+                    and not (key.startswith("validation/") and _name(key) in known)  # training's own
+                ]
+                for begin in range(0, len(metrics), BATCH):
+                    client.log_batch(state.run_id, metrics=metrics[begin : begin + BATCH])
+                carried += len(metrics)
+    except (MlflowException, OSError) as error:
+        raise TrackError(f"MLflow at {config.uri}: {cause(error)}; nothing was lost") from None
+    return carried

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from pretrain import checkpoint
 from pretrain.lineage import Lineage
 from pretrain.models.gpt import Gpt
-from pretrain.models.hugging_face import gpt2_config, to_gpt2
+from pretrain.models.hugging_face import theirs_config, to_theirs
 from pretrain.models.weights import initialize
 from tests.runs import TORCH, Started, final_state, losses, run_to_end, write_run, zero
 
@@ -124,12 +124,12 @@ def test_init_from_hugging_face_s_files(parent: Path, tmp_path: Path) -> None:
     initialize(model, seed=99)
     folder = tmp_path / "hf"
     folder.mkdir()
-    theirs = {name: value.detach().contiguous() for name, value in to_gpt2(model.named_parameters())}
+    theirs = {name: value.detach().contiguous() for name, value in to_theirs(model.named_parameters())}
     save_file(theirs, folder / "model.safetensors")
     config = child(parent, tmp_path, steps=1)
-    (folder / "config.json").write_text(json.dumps({**gpt2_config(gpt), "n_layer": 3}))
+    (folder / "config.json").write_text(json.dumps({**theirs_config(gpt), "n_layer": 3}))
     assert refused(config, f"init_from={folder}") == (f"{folder}/config.json: is not the run's model: n_layer: 3 -> 2")
-    (folder / "config.json").write_text(json.dumps(gpt2_config(gpt)))
+    (folder / "config.json").write_text(json.dumps(theirs_config(gpt)))
     run_to_end(config, 1, f"init_from={folder}")
     assert same(weights(tmp_path, 0), {name: value.detach() for name, value in model.named_parameters()})
     assert len(Lineage(tmp_path / "run").branches()[1].origin["hash"]) == 64  # type: ignore[index]
@@ -181,7 +181,7 @@ def test_foreign_pickles_are_refused_and_not_run(parent: Path, tmp_path: Path) -
         f"init_from: {file}: not a checkpoint of a run; expected RUN@step or its folder"
     )
     (folder / "config.json").write_text(
-        json.dumps(gpt2_config(Gpt(layers=2, width=32, heads=2, context=64, vocab_size=509)))
+        json.dumps(theirs_config(Gpt(layers=2, width=32, heads=2, context=64, vocab_size=509)))
     )
     started = Started(config, 1, f"init_from={folder}")
     assert started.wait() == [2] and "damaged, or no safetensors file" in started.text

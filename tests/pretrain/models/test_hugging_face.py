@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from configs import CONFIGS, load
 from pretrain.models.gpt import GPT, Gpt
-from pretrain.models.hugging_face import from_gpt2, gpt2_config, to_gpt2
+from pretrain.models.hugging_face import from_theirs, theirs_config, to_theirs
 from pretrain.models.weights import fill, initialize
 
 transformers = pytest.importorskip("transformers")
@@ -29,8 +29,8 @@ def pair(config: Gpt) -> tuple[GPT, Any]:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     with torch.device("meta"):
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt2_config(config))).eval()
-    state = {name: value.detach().clone().requires_grad_() for name, value in to_gpt2(ours.named_parameters())}
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**theirs_config(config))).eval()
+    state = {name: value.detach().clone().requires_grad_() for name, value in to_theirs(ours.named_parameters())}
     missing, unexpected = theirs.load_state_dict(state, strict=False, assign=True)
     assert missing == (["lm_head.weight"] if config.tied else []) and not unexpected
     theirs.tie_weights()
@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_theirs(tied: bool) -> None:
     torch.testing.assert_close(ours(inputs), logits, rtol=0, atol=1e-5)
 
     expected = gradients_of(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), theirs)
-    gradients = dict(to_gpt2(gradients_of(ours(inputs, targets, torch.ones(2, 40)) / 80, ours).items()))
+    gradients = dict(to_theirs(gradients_of(ours(inputs, targets, torch.ones(2, 40)) / 80, ours).items()))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -75,7 +75,7 @@ def test_there_and_back_again(tied: bool) -> None:
     config = SMALL.model_copy(update={"tied": tied})
     ours, theirs = pair(config)
     back = config.build()
-    fill(back.named_parameters(), from_gpt2(theirs.state_dict().items(), tied=tied))
+    fill(back.named_parameters(), from_theirs(theirs.state_dict().items(), tied=tied))
     for (name, value), other in zip(ours.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(value, other), name
 
@@ -87,13 +87,13 @@ def test_files_of_old_versions_are_read() -> None:
     old["h.0.attn.bias"] = torch.ones(1, 1, 40, 40)
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     back = SMALL.build()
-    fill(back.named_parameters(), from_gpt2(old.items()))
+    fill(back.named_parameters(), from_theirs(old.items()))
     name = "blocks.2.mlp.project.weight"
     assert torch.equal(back.get_parameter(name), ours.get_parameter(name))
 
 
 def test_what_is_no_gpt2_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^h\.0\.attn\.q_proj\.weight: no such parameter in a GPT-2$"):
-        list(from_gpt2([("transformer.h.0.attn.q_proj.weight", torch.zeros(1))]))
+        list(from_theirs([("transformer.h.0.attn.q_proj.weight", torch.zeros(1))]))
     with pytest.raises(ValueError, match=r"^model\.bias: Hugging Face's GPT-2 always has biases, got false$"):
-        gpt2_config(SMALL.model_copy(update={"bias": False}))
+        theirs_config(SMALL.model_copy(update={"bias": False}))
