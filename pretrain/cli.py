@@ -101,6 +101,23 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    run: Run,
+    other: Annotated[Path | None, typer.Argument(help="a second run, to compare")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write into; default: report in the run folder")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="let every kept checkpoint go on with this text; may be given again")
+    ] = None,
+) -> None:
+    """Write what became of a run, or of two side by side, as an HTML page and PNGs."""
+    from pretrain.report import FOLDER, make
+    from pretrain.run import load_run
+
+    runs = [load_run(path) for path in (run, other) if path is not None]
+    print(make(runs, out or runs[0].run_folder / FOLDER, prompt or []))
+
+
 @app.command("track-sync")
 def track_sync(run: Run) -> None:
     """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
