@@ -7,6 +7,7 @@ width in bf16, twice that in fp32; logits and their gradient at the width of the
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from pretrain.engine.zero import DeepSpeed
@@ -18,6 +19,13 @@ GIB = 2**30
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or this machine had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def used_bytes(device: torch.device) -> int:
+    """The most that this process has had of a GPU's memory at once; on a CPU, what it has of the machine's now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def memory_table(run: TrainRun, ranks: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Carry a run's journal to MLflow: one MLflow run per run, kept across all its attempts.
 
-Metrics go once per (metric, step), checkpoints are LoggedModels, corpora are dataset inputs, the config is parameters.
+Metrics go once per (metric, step), checkpoints are LoggedModels with the metrics of their step, corpora are dataset
+inputs, the config is parameters. The registry's aliases `latest` and `best` follow the checkpoints that are there.
 What has been carried is noted in `RUN/track/`, but that is only a shortcut: without it everything is found again in
 MLflow itself, so a kill at any moment leaves nothing lost and nothing doubled.
 """
@@ -17,17 +18,29 @@ import os
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field
 
-from configs import Float, Section, flatten
+from configs import ConfigError, Float, Section, flatten
+from pretrain.track import mounts, source, system
 from pretrain.track.follower import Busy, cause
-from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lineage, read_journal, records_after
-from pretrain.track.mask import CREDENTIALS
+from pretrain.track.journal import (
+    Cursor,
+    Record,
+    branch_files,
+    last_steps,
+    lineage,
+    read_journal,
+    records_after,
+    records_of,
+)
+from pretrain.track.mask import CREDENTIALS, mask_text
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
@@ -43,6 +56,9 @@ IDENTITY = "longhaul.run"  # the tag by which a run is found again
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
+
+VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
+GOODPUT_SHARE = 0.02  # of its time that a follower reckons the goodput at most: that reads all of the journal
 
 SHOWN_EVENTS = ("rollback", "gave_up", "weights_differ", "hang")  # as tags of the run, of retired branches too
 
@@ -81,10 +97,23 @@ class Mlflow(Section):
     artifact_location: str | None = None  # of a new experiment; default: beside the database, or what the server says
     every_seconds: Annotated[Float, Field(gt=0)] = 5.0  # how often the journal is looked at
     close_seconds: Annotated[Float, Field(ge=0)] = 20.0  # how long the end of a run waits for what is not yet carried
+    system_every_seconds: Annotated[Float, Field(gt=0)] | None = 10.0  # how often each node is measured
+    register_as: Annotated[str, Field(min_length=1, pattern=r"^[^/:@]+$")] | None = None  # a model of the registry
+    best_by: str | None = None  # e.g. validation/wikipedia/loss; default: the mean of the validation losses
 
     def build(self, run_folder: Path) -> MlflowTracker:
         """The tracker of one run. Nothing is imported, opened or connected before there is something to carry."""
         return MlflowTracker(self, run_folder)
+
+    def check(self) -> None:
+        """Raise ConfigError where the database lies on a network file system, on which sqlite loses what it holds."""
+        if self.database is None or (kind := mounts.network(self.database)) is None:
+            return
+        raise ConfigError(
+            f"track.uri: {self.uri}: lies on a network file system ({kind}), whose locks sqlite cannot rely on; give a "
+            f"file on a local disk, or run `mlflow server --backend-store-uri sqlite:////LOCAL/DISK/mlflow.db --host "
+            f"HOST` and give uri: http://HOST:5000"
+        )
 
     @property
     def database(self) -> Path | None:
@@ -111,6 +140,7 @@ class State(BaseModel):
     run_id: str | None = None
     cursor: tuple[int, int] = Cursor()
     marks: dict[str, int] = {}  # metric -> last step carried
+    system: dict[str, int] = {}  # file of system metrics -> bytes carried
 
 
 class MlflowTracker:
@@ -127,16 +157,21 @@ class MlflowTracker:
         self._state_file = run_folder / FOLDER / f"mlflow-{place}.json"
         self._branches: dict[int, tuple[int | None, int]] = {}  # the lineage, as known so far
         self._session: _Session | None = None
+        self._reckoned = (-math.inf, 0.0)  # the goodput: when, and how long that took
 
     def carry(self) -> bool:
         """Carry the next part of the journal, at most one request of metrics or one event. Whether there was one."""
         with self._lock():
             state = self._read_state()
-            if next(records_after(self._run_folder, Cursor(*state.cursor)), None) is None:
+            journal = next(records_after(self._run_folder, Cursor(*state.cursor)), None) is not None
+            if not journal and (state.run_id is None or not self._system_files(state)):
                 return False
             try:
                 self._session = self._session or _Session.open(self.config, self._run_folder, state)
-                self._carry_part(self._session, state)
+                if journal:
+                    self._carry_part(self._session, state)
+                else:
+                    self._carry_system(self._session, state)
             except Exception:
                 self._session = None  # what MLflow has is asked again
                 raise
@@ -156,11 +191,50 @@ class MlflowTracker:
                 break  # first what came before this event
             elif not measured:
                 self.checkpoints += session.event(record, live) and record.type == "checkpoint"
+                if live and record.fields.get("status") == "ready":
+                    points += _new_points(replace(record, fields={"metrics": self._goodput()}), marks)
             state.cursor = cursor
             if len(points) >= BATCH or not measured:
                 break
         self.metrics += session.log(points)
         state.marks = session.marks = marks
+
+    def _carry_system(self, session: _Session, state: State) -> None:
+        """The next part of what the nodes measured, at most one request."""
+        last = self._last_steps()
+        marks, points = dict(session.marks), list[Point]()
+        for path, offset in self._system_files(state).items():
+            host = path.name.partition(".")[2].removesuffix(".jsonl")
+            for record, after in records_of(path, offset):
+                if record.step <= last.get(record.branch, -math.inf):
+                    metrics = {f"system/{host}/{name}": value for name, value in record.metrics.items()}
+                    points += _new_points(replace(record, fields={"metrics": metrics}), marks)
+                state.system[path.name] = after
+                if len(points) >= BATCH - 100:
+                    break
+            if len(points) >= BATCH - 100:
+                break
+        session.log(points)
+        session.marks = marks
+        state.marks |= {key: step for key, step in marks.items() if key.startswith("system/")}
+
+    def _system_files(self, state: State) -> dict[Path, int]:
+        """The files that have more than was carried, and how much of each was."""
+        found = sorted((self._run_folder / system.FOLDER).glob("*.jsonl"))
+        sizes = {path: state.system.get(path.name, 0) for path in found}
+        return {path: at for path, at in sizes.items() if next(records_of(path, at), None) is not None}
+
+    def _goodput(self) -> dict[str, float]:
+        """The share of the time so far that went into steps that count; nothing where reckoning it takes too long."""
+        from pretrain.goodput import account  # imports the journal, which this package holds
+
+        at, took = self._reckoned
+        begun = time.monotonic()
+        if took > GOODPUT_SHARE * (begun - at):
+            return {}
+        goodput = account(read_journal(self._run_folder), self._branches).goodput
+        self._reckoned = (time.monotonic(), time.monotonic() - begun)
+        return {} if goodput is None else {"goodput": goodput}
 
     def _last_steps(self) -> dict[int, float]:
         if branch_files(self._run_folder).keys() - self._branches.keys():
@@ -197,11 +271,14 @@ class MlflowTracker:
 class _Session:
     """A connection to MLflow in which the run is known to exist and to be active."""
 
-    def __init__(self, client: MlflowClient, run: MlflowRun) -> None:
-        self.client = client
+    def __init__(self, client: MlflowClient, run: MlflowRun, config: Mlflow, run_folder: Path) -> None:
+        from mlflow.entities import Metric
+
+        self.client, self.config, self.run_folder = client, config, run_folder
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
-        self.marks = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self.newest = {m.key: Metric(m.key, m.value, m.timestamp, m.step) for m in run.data.to_proto().metrics}
+        self.marks = {key: metric.step for key, metric in self.newest.items()}
         self._tags: dict[str, str] = dict(run.data.tags)
         self._refused: set[str] = set()
 
@@ -215,7 +292,7 @@ class _Session:
             run = _find_or_create_run(client, experiment_id, run_folder)
         _restore(client, run, config)
         state.run_id, state.experiment_id = run.info.run_id, run.info.experiment_id
-        return cls(client, run)
+        return cls(client, run, config, run_folder)
 
     def log(self, points: list[Point]) -> int:
         """Log metrics. One that is not finite is a gap in the curve (NaN), and its first one a tag."""
@@ -231,7 +308,31 @@ class _Session:
         if metrics:
             self._log_batch(metrics, [RunTag(key, value) for key, value in tags.items()])
             self._tags |= tags
+            self.newest |= {metric.key: metric for metric in metrics}
+        evaluated = {record.step for _, _, record in points if record.type == "evaluation"}
+        for step in sorted(evaluated):
+            models = [m for m in self._models(f"params.step = '{step}'") if m.tags.get(STATE) in ("pending", "ready")]
+            if sum([self._link(model) for model in models]):
+                self._set_aliases()
         return len(metrics)
+
+    def _link(self, model: LoggedModel) -> bool:
+        """Give a checkpoint the metrics of its step, and the newest training loss. Whether that was anything."""
+        from mlflow.entities import Metric
+
+        step, known = int(model.params["step"]), {metric.key for metric in model.metrics or []}
+        wanted = [
+            metric
+            for key, metric in self.newest.items()
+            if key not in known
+            and not key.startswith("system/")
+            and math.isfinite(metric.value)
+            and (metric.step == step or (key == "loss" and metric.step < step))
+        ]
+        linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id) for m in wanted]
+        if linked:
+            self.client.log_batch(self.run_id, metrics=linked)  # the run has them: an equal point is one point
+        return bool(linked)
 
     def _log_batch(self, metrics: list[Metric], tags: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
@@ -291,6 +392,8 @@ class _Session:
             if key in known and known[key] != value
         }
         facts = {"branch": record.branch, **record.fields}
+        if "commit" in record.fields:
+            tags["mlflow.source.git.commit"] = str(record.fields["commit"])
         tags |= {f"longhaul.{key}": str(v) for key, v in facts.items() if isinstance(v, str | int | float | bool)}
         self.client.log_batch(
             self.run_id,
@@ -302,6 +405,20 @@ class _Session:
         self._inputs(record.fields.get("datasets") or [])
         if config:
             self._artifact("run.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        diff = self.run_folder / source.FOLDER / f"{record.branch}.diff"
+        if diff.is_file():
+            self._artifact(f"code/b{record.branch}.diff", diff.read_text(encoding="utf-8", errors="replace"))
+        if record.fields.get("parent") is None:
+            self._cards(record.fields.get("datasets") or [])
+
+    def _cards(self, datasets: list[dict[str, Any]]) -> None:
+        """The data cards of the corpora, where they can be read from here."""
+        for dataset in datasets:
+            for suffix in ("html", "json"):
+                card = Path(str(dataset["source"])).parent / f"card.{suffix}"
+                if card.is_file():
+                    text = mask_text(card.read_text(encoding="utf-8", errors="replace"))
+                    self._artifact(f"corpora/{_name(str(dataset['name']))}/card.{suffix}", text)
 
     def _inputs(self, datasets: list[dict[str, Any]]) -> None:
         """Corpora: name, source (where it lies) and digest (hash of its manifest). One already there is not doubled."""
@@ -334,11 +451,16 @@ class _Session:
                 elif int(model.params["step"]) > attempt.step:
                     tags = {STATE: "superseded", "longhaul.superseded_by": f"b{attempt.branch}"}
                     self.client.set_logged_model_tags(model.model_id, tags)
+        self._set_aliases()
 
     def _artifact(self, name: str, text: str) -> None:
-        """Store a small text. An artifact store that is not reachable from here does not hold up the metrics."""
+        """Store a small text."""
+        self._store(lambda: self.client.log_text(self.run_id, text, name), name)
+
+    def _store(self, upload: Callable[[], object], name: str) -> None:
+        """Upload. An artifact store that is not reachable from here does not hold up the metrics."""
         try:
-            self.client.log_text(self.run_id, text, name)
+            upload()
         except Exception as error:
             self.client.get_run(self.run_id)  # raises where it is MLflow that is away, and then all is tried again
             logger.warning("MLflow has no %s: its artifact store cannot be written from here: %s", name, cause(error))
@@ -366,13 +488,91 @@ class _Session:
             outputs = self.client.get_run(self.run_id).outputs
             if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record.step)])
+            self._manifest(model, Path(path))
             self.client.finalize_logged_model(model.model_id, "READY")
             self.client.set_logged_model_tags(model.model_id, {STATE: "ready"})
+            self._link(model)
+            self._set_aliases()
         elif status == "failed" and state == "pending":
             self._fail(model)
         elif status == "removed":
             self.client.set_logged_model_tags(model.model_id, {STATE: "removed"})
+            self._set_aliases()
         return True
+
+    def _manifest(self, model: LoggedModel, folder: Path) -> None:
+        """Give a checkpoint its manifest as an artifact; the tensors stay where they are."""
+        if (folder / "MANIFEST.json").is_file():
+            self._store(
+                lambda: self.client.log_model_artifact(model.model_id, str(folder / "MANIFEST.json")), "manifest"
+            )
+
+    def _set_aliases(self) -> None:
+        """`latest` and `best` name the newest and the best checkpoint there are; another run's better one stays."""
+        if self.config.register_as is None:
+            return
+        ready = self._models(f"tags.`{STATE}` = 'ready'")
+        if not ready:
+            return
+        name = self.config.register_as
+        latest = max(ready, key=lambda model: (int(model.params["step"]), int(model.params["branch"])))
+        self._alias(name, "latest", latest)
+        measured = [(loss, model) for model in ready if (loss := self._measure(model)) is not None]
+        if not measured:
+            return
+        loss, best = min(measured, key=lambda pair: pair[0])
+        other = self._holder(name, "best")
+        if other is not None and other.source_run_id != self.run_id and other.tags.get(STATE) == "ready":
+            theirs = self._measure(other)
+            if theirs is not None and theirs <= loss:
+                return
+        self._alias(name, "best", best)
+
+    def _measure(self, model: LoggedModel) -> float | None:
+        """What checkpoints are compared by, the less the better; None where it was not measured."""
+        values = {metric.key: metric.value for metric in model.metrics or []}
+        if self.config.best_by is not None:
+            return values.get(_name(self.config.best_by))
+        losses = [value for key, value in values.items() if key.startswith("validation/") and key.endswith("/loss")]
+        return sum(losses) / len(losses) if losses else None
+
+    def _holder(self, name: str, alias: str) -> LoggedModel | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client.get_model_version_by_alias(name, alias)
+            return self.client.get_logged_model(version.model_id) if version.model_id else None
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _alias(self, name: str, alias: str, model: LoggedModel) -> None:
+        holder = self._holder(name, alias)
+        if holder is None or holder.model_id != model.model_id:
+            self.client.set_registered_model_alias(name, alias, self._version(name, model))
+
+    def _version(self, name: str, model: LoggedModel) -> str:
+        """The version of the registered model that a checkpoint is, made where it is none yet."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"models:/{model.model_id}"
+        for version in self.client.search_model_versions(f"name = '{name}'", max_results=1000):
+            if version.source == source or version.model_id == model.model_id:
+                return str(version.version)
+        tags = {key: model.params[key] for key in ("step", "branch", "path")}
+        made = self.client.create_model_version(
+            name, source, run_id=self.run_id, tags=tags, model_id=model.model_id, await_creation_for=0
+        )
+        known = json.loads(model.tags.get(VERSIONS, "[]"))
+        known.append({"name": name, "version": int(made.version)})
+        self.client.set_logged_model_tags(model.model_id, {VERSIONS: json.dumps(known)})
+        return str(made.version)
 
     def _create_model(self, name: str, path: str, record: Record) -> LoggedModel:
         return self.client.create_logged_model(
