@@ -77,6 +77,64 @@ class Display:
         self.bar.update(self.task, completed=progress.bytes, description=text)
 
 
+class Count:
+    """Shows how many of some things are done while used as a context; call it as often as you like.
+
+    `unit` is what they are; of `bytes` sizes are shown. Another title begins another count.
+    """
+
+    def __init__(self) -> None:
+        self.title, self.unit = "", ""
+        self.begun = self.told = time.monotonic()
+        self.first = 0
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> Count:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop()
+
+    def __call__(self, done: int, total: int, title: str, unit: str) -> None:
+        if (title, unit) != (self.title, self.unit):
+            self._stop()
+            self.title, self.unit, self.first = title, unit, done
+            self.begun = time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(done, total)
+        elif time.monotonic() - self.told >= LINE_S:
+            self.told = time.monotonic()
+            print(self.line(done, total, self.told - self.begun), file=sys.stderr, flush=True)
+
+    def line(self, done: int, total: int, seconds: float) -> str:
+        """`verify: 3 of 12 checkpoints, 0.4/s, 0:22 left`."""
+        per_s = (done - self.first) / max(seconds, 1e-9)
+        left = duration(max(0, total - done) / per_s) if per_s > 0 else "?"
+        if self.unit == "bytes":
+            share = 100 * done / max(total, 1)
+            return f"{self.title}: {share:.0f} % of {size(total)}, {size(per_s)}/s, {left} left"
+        rate = f"{per_s:,.0f}/s" if per_s >= 10 else f"{per_s:.1f}/s" if per_s >= 0.1 else f"{60 * per_s:.1f}/min"
+        return f"{self.title}: {done:,} of {total:,} {self.unit}, {rate}, {left} left"
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = None
+
+    def _draw(self, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        if self.bar is None:
+            self.bar = Bar(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task(self.title, total=max(total, 1))
+            self.bar.start()
+        text = self.line(done, total, time.monotonic() - self.begun)
+        self.bar.update(self.task, total=max(total, 1), completed=done, description=text)
+
+
 def size(count: float) -> str:
     """1234567 -> `1.2 MB`."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):

@@ -88,11 +88,13 @@ def verify(
     import json
     from dataclasses import asdict
 
+    from data_pipeline.progress import Count
     from pretrain.run import load_run
     from pretrain.verify import verify_run
 
     loaded = load_run(run)
-    rows = verify_run(loaded, deep)
+    with Count() as look:
+        rows = verify_run(loaded, deep, look)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -111,22 +113,28 @@ def report(
     ] = None,
 ) -> None:
     """Write what became of a run, or of two side by side, as an HTML page and PNGs."""
+    from data_pipeline.progress import Count
     from pretrain.report import FOLDER, make
     from pretrain.run import load_run
 
     runs = [load_run(path) for path in (run, other) if path is not None]
-    print(make(runs, out or runs[0].run_folder / FOLDER, prompt or []))
+    with Count() as look:
+        page = make(runs, out or runs[0].run_folder / FOLDER, prompt or [], look)
+    print(page)
 
 
 @app.command("track-sync")
 def track_sync(run: Run) -> None:
     """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
+    from data_pipeline.progress import Count
     from pretrain.run import load_run
     from pretrain.track import TrackError, sync
 
     loaded = load_run(run)
     try:
-        for synced in sync(loaded.track, loaded.run_folder):
+        with Count() as look:
+            done = sync(loaded.track, loaded.run_folder, lambda tracker: look(*tracker.carried, tracker.name, "bytes"))
+        for synced in done:
             print(
                 f"{synced.name}: {synced.metrics} metrics and {synced.checkpoints} checkpoints carried to {synced.page}"
             )

@@ -139,6 +139,8 @@ def y_axis(curves: Iterable[Curve], percent: bool = False) -> Axis:
 
 
 def _later_high(each: Curve) -> float:
+    if len(each.x) <= DOTS:
+        return max(each.high)
     begin = each.x[-1] * WARM_UP
     return max((high for x, high in zip(each.x, each.high, strict=True) if x >= begin), default=max(each.high))
 

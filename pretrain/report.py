@@ -23,7 +23,7 @@ from data_pipeline.shards import ShardError, write_durably
 from pretrain.curves import Curve, Mark, Plot, curve, draw, number
 from pretrain.goodput import PARTS, Account, Launched, account, launched
 from pretrain.meter import duration
-from pretrain.track.journal import Record, branch_files, last_steps, lineage, read_journal
+from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lineage, records_after
 from pretrain.track.mask import mask
 
 if TYPE_CHECKING:
@@ -80,23 +80,28 @@ class Told:
         return str((self.facts.get("config") or {}).get("name") or self.folder.name)
 
 
-def read(folder: Path, look: Callable[[int], None] = lambda _: None) -> Told:
-    """Read a run's journal once. Raises ConfigError where there is none. `look` is told of the records read so far."""
+Look = Callable[[int, int, str, str], None]  # done, of how many, what is done, in which unit
+
+
+def read(folder: Path, look: Look = lambda *_: None) -> Told:
+    """Read a run's journal once. Raises ConfigError where there is none. `look` is told of the bytes read so far."""
     if not branch_files(folder):
         raise ConfigError(f"{folder}: no journal: the run has not begun")
+    sizes = {branch: path.stat().st_size for branch, path in branch_files(folder).items()}
+    before = {branch: sum(size for b, size in sizes.items() if b < branch) for branch in sizes}
     told, branches = Told(folder), lineage(folder)
     last, slim = last_steps(branches), []
-    for count, record in enumerate(read_journal(folder)):
+    for count, (record, cursor) in enumerate(records_after(folder, Cursor())):
         if not count:
             told.first_time = record.time
         if count % 10_000 == 0:
-            look(count)
+            look(before.get(cursor.branch, 0) + cursor.offset, sum(sizes.values()), f"read {folder.name}", "bytes")
         told.last_time = max(told.last_time, record.time)
         live = record.step <= last.get(record.branch, -math.inf)
         _take(told, record, live)
         slim.append(_slim(record))
     told.account = account(slim, branches, _read_launched(folder))
-    _read_evaluations(told)
+    _read_evaluations(told, last)
     return told
 
 
@@ -156,17 +161,19 @@ def _take_checkpoint(told: Told, record: Record, live: bool) -> None:
         row |= {"seconds": record.fields.get("seconds"), "time": record.time}
 
 
-def _read_evaluations(told: Told) -> None:
-    """What evaluations of single checkpoints left beside the journal."""
+def _read_evaluations(told: Told, last: Mapping[int, float]) -> None:
+    """What evaluations of single checkpoints left beside the journal; what training measured itself stays."""
     rows = []
     for path in sorted((told.folder / EVALUATIONS).glob("*.json")):
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            rows.append((float(tree["tokens"]), int(tree["step"]), dict(tree["metrics"])))
+            if "branch" not in tree or tree["step"] <= last.get(tree["branch"], -math.inf):
+                rows.append((float(tree["tokens"]), int(tree["step"]), dict(tree["metrics"])))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     for tokens, step, metrics in sorted(rows, key=lambda row: row[:2]):
-        numbers = {name: float(v) for name, v in metrics.items() if isinstance(v, int | float)}
+        known = told.at_step.get(step, {})
+        numbers = {name: float(v) for name, v in metrics.items() if isinstance(v, int | float) and name not in known}
         for name, value in numbers.items():
             told.evaluations.setdefault(name, Points()).add(tokens, value)
         told.at_step.setdefault(step, {}).update(numbers)
@@ -268,6 +275,12 @@ def _marks(told: Told) -> list[Mark]:
 # --- what a run is made of ------------------------------------------------------------------------------------------
 
 
+ABOUT = PARTS | {
+    "start": "from the launcher's start of an attempt to its first step",
+    "train": "steps that count: goodput",
+}
+
+
 def waterfall(found: Account) -> list[dict[str, Any]]:
     """From all time down to the steps that count: each part with where its bar begins, as shares of the whole."""
     whole = found.whole
@@ -280,10 +293,9 @@ def waterfall(found: Account) -> list[dict[str, Any]]:
         size = found.seconds[part] / whole if whole else 0.0
         left -= size
         begin = 0.0 if part == "train" else max(0.0, left)
-        rows.append({"part": part, "about": PARTS[part], "seconds": found.seconds[part], "from": begin})
+        rows.append({"part": part, "about": ABOUT[part], "seconds": found.seconds[part], "from": begin})
     for row in rows:
         row["share"] = row["seconds"] / whole if whole else 0.0
-    rows[-1]["about"] = f"{PARTS['train']}: goodput"
     return rows
 
 
@@ -291,7 +303,10 @@ def mix(run: TrainRun, told: Told) -> dict[str, Any]:
     """The mix of sources as planned for the whole run and as fed so far. Raises ConfigError, ShardError."""
     from pretrain.segments import Segments, plan_course
 
-    course = plan_course(run, Segments(run.run_folder).read())
+    records = Segments(run.run_folder).read()
+    if not records:
+        raise ConfigError(f"{run.run_folder}/segments: no record of the run's course")
+    course = plan_course(run, records)
     end, seen = course.steps.start(course.end_step), int(told.last.fields["samples"]) if told.last is not None else 0
     planned, fed = course.order.drawn(end), course.order.drawn(seen)
     epochs = {when: course.order.epochs(samples) for when, samples in (("end", end), ("seen", seen))}
@@ -314,13 +329,11 @@ def mix(run: TrainRun, told: Told) -> dict[str, Any]:
         "samples": seen,
         "skipped": course.skips.before(seen),
         "digest": told.last.fields.get("digest") if told.last is not None else None,
-        "amendments": [
-            {"from": r.from_sample * size, "changes": r.changes} for r in Segments(run.run_folder).read() if r.changes
-        ],
+        "amendments": [{"from": r.from_sample * size, "changes": r.changes} for r in records if r.changes],
     }
 
 
-def sample_texts(folder: Path, prompts: Sequence[str], look: Callable[[int, int], None] = lambda *_: None) -> None:
+def sample_texts(folder: Path, prompts: Sequence[str], look: Look = lambda *_: None) -> None:
     """Let every kept checkpoint of the live lineage go on with each prompt, once; kept in the run folder."""
     from pretrain import checkpoint
     from pretrain.generate import Sampling
@@ -341,7 +354,7 @@ def sample_texts(folder: Path, prompts: Sequence[str], look: Callable[[int, int]
         }  # fmt: skip
         with (folder / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        look(i + 1, len(wanted))
+        look(i + 1, len(wanted), f"write on from the prompts, {folder.name}", "texts")
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -360,22 +373,23 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def make(
-    runs: Sequence[TrainRun], out: Path, prompts: Sequence[str] = (), look: Callable[[str], None] = lambda _: None
-) -> Path:
-    """Write the page and the PNGs of one or two runs into `out`; the page's path. Raises ConfigError."""
+def make(runs: Sequence[TrainRun], out: Path, prompts: Sequence[str] = (), look: Look = lambda *_: None) -> Path:
+    """Write the page and the PNGs of one or two runs into `out`; the page's path. Raises ConfigError.
+
+    With `prompts` the kept checkpoints write on from each, once; texts of earlier reports are shown too.
+    """
     told = []
     for run in runs:
-        told.append(read(run.run_folder, lambda count, name=run.name: look(f"{name}: {count:,} records")))  # type: ignore[misc]
+        told.append(read(run.run_folder, look))
         if prompts:
-            sample_texts(run.run_folder, prompts, lambda i, n, name=run.name: look(f"{name}: text {i} of {n}"))  # type: ignore[misc]
+            sample_texts(run.run_folder, prompts, look)
     training, tasks = plots(told)
-    look("drawing")
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / PAGE, page(told, runs, training, tasks).encode())
     from pretrain.plots import save_png, save_waterfall
 
-    for plot in [*training, *tasks]:
+    for i, plot in enumerate([*training, *tasks]):
+        look(i, len(training) + len(tasks), "draw", "plots")
         save_png(plot, out / f"{plot.name}.png")
     for i, each in enumerate(told):
         assert each.account is not None
@@ -488,6 +502,7 @@ def _template() -> jinja2.Template:
         "short": short,
         "share": lambda part: share(part, 1.0),
         "duration": duration,
+        "seconds": lambda seconds: f"{seconds:.1f}s" if 0 < seconds < 10 else duration(seconds),
         "number": number,
         "time": _time,
     }

@@ -8,6 +8,7 @@ the data between each two live checkpoints again and adds their digests up.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -46,14 +47,18 @@ class Verified:
         return f"{self.name}: {state}" + (f" ({', '.join(more)})" if more else "")
 
 
-def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
+Look = Callable[[int, int, str, str], None]  # done, of how many, what is done, in which unit
+
+
+def verify_run(run: TrainRun, deep: bool = False, look: Look = lambda *_: None) -> list[Verified]:
     """Every checkpoint of a run, newest first; not those that the run removes meanwhile."""
     folder = run.run_folder
     found = checkpoint.all_checkpoints(folder)
     live = set(checkpoint.live_checkpoints(folder))  # after `found`: a live run may commit between the two
     archived = _archived(run)
     rows, whole = [], {}
-    for step, branch, path in found:
+    for done, (step, branch, path) in enumerate(found):
+        look(done, len(found), "verify", "checkpoints")
         committed, problems = _read(path)
         if problems and _is_gone(path):
             continue
@@ -70,7 +75,7 @@ def verify_run(run: TrainRun, deep: bool = False) -> list[Verified]:
     for (_, before), (row, after) in pairwise(chain):
         _check_growth(row, before, after)
     if deep:
-        _add_up(run, chain)
+        _add_up(run, chain, look)
     return rows
 
 
@@ -129,17 +134,20 @@ def _check_growth(row: Verified, before: Committed, after: Committed) -> None:
             row.problems.append(f"{name} {now} after {was} of {before.folder.name}")
 
 
-def _add_up(run: TrainRun, chain: list[tuple[Verified, Committed]]) -> None:
+def _add_up(run: TrainRun, chain: list[tuple[Verified, Committed]], look: Look) -> None:
     """Compare the digest of each checkpoint with the one before it plus the data between, read again."""
     course = plan_course(run, Segments(run.run_folder).read())
     stream = Stream(
         course.order, course.steps, course.skips, course.corpora.shards(course.order.pools), run.data,
         run.micro_batch_seqs,
     )  # fmt: skip
+    origin, last = (chain[i][1].position.step if chain else 0 for i in (0, -1))
     for (_, before), (row, after) in pairwise(chain):
-        first, end = before.position.step, after.position.step
+        first, end, fed = before.position.step, after.position.step, 0
         try:
-            fed = sum(batch.digest for batch in stream.batches(first, end))
+            for batch in stream.batches(first, end):
+                fed += batch.digest
+                look(batch.step - origin, last - origin, "read the data again", "steps")
         except (OSError, ShardError) as error:
             row.problems.append(f"the data from step {first} on: {error}")
             continue

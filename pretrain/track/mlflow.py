@@ -1,7 +1,7 @@
 """Carry a run's journal to MLflow: one MLflow run per run, kept across all its attempts.
 
 Metrics go once per (metric, step), checkpoints are LoggedModels with the metrics of their step, corpora are dataset
-inputs, the config is parameters. The registry's aliases `latest` and `best` follow the checkpoints that are there.
+inputs, the config is parameters. The registry's aliases `newest` and `best` follow the checkpoints that are there.
 What has been carried is noted in `RUN/track/`, but that is only a shortcut: without it everything is found again in
 MLflow itself, so a kill at any moment leaves nothing lost and nothing doubled.
 """
@@ -58,6 +58,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying 
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
 
 VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
+NEWEST = "newest"  # the alias; MLflow keeps `latest` for the highest version, which a restart may have superseded
 GOODPUT_SHARE = 0.02  # of its time that a follower reckons the goodput at most: that reads all of the journal
 
 SHOWN_EVENTS = ("rollback", "gave_up", "weights_differ", "hang")  # as tags of the run, of retired branches too
@@ -159,6 +160,14 @@ class MlflowTracker:
         self._session: _Session | None = None
         self._reckoned = (-math.inf, 0.0)  # the goodput: when, and how long that took
 
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes of the journal that have been carried, and all there are."""
+        state = self._read_state()
+        sizes = {branch: path.stat().st_size for branch, path in branch_files(self._run_folder).items()}
+        before = sum(size for branch, size in sizes.items() if branch < state.cursor[0])
+        return before + state.cursor[1], sum(sizes.values())
+
     def carry(self) -> bool:
         """Carry the next part of the journal, at most one request of metrics or one event. Whether there was one."""
         with self._lock():
@@ -182,12 +191,18 @@ class MlflowTracker:
         last = self._last_steps()
         marks = {k: max(session.marks.get(k, -1), state.marks.get(k, -1)) for k in session.marks.keys() | state.marks}
         points: list[Point] = []
+        evaluations: list[tuple[Record, Metric | None]] = []
+        loss = session.newest.get("loss")
         for record, cursor in records_after(self._run_folder, Cursor(*state.cursor)):
             live = record.step <= last.get(record.branch, -math.inf)
             measured = record.type in ("step", "evaluation")
             if measured and live:
                 points += _new_points(record, marks)
-            elif points and not measured:
+                if record.type == "evaluation":
+                    evaluations.append((record, loss if loss is not None and loss.step <= record.step else None))
+                elif points and "loss" in record.metrics and (points[-1][2] is record):
+                    loss = _metric("loss", record.metrics["loss"], record)
+            elif (points or evaluations) and not measured:
                 break  # first what came before this event
             elif not measured:
                 self.checkpoints += session.event(record, live) and record.type == "checkpoint"
@@ -197,6 +212,9 @@ class MlflowTracker:
             if len(points) >= BATCH or not measured:
                 break
         self.metrics += session.log(points)
+        logged = {(key, record.step) for key, _, record in points}
+        for evaluation, loss_then in evaluations:
+            session.link(evaluation, loss_then, logged)
         state.marks = session.marks = marks
 
     def _carry_system(self, session: _Session, state: State) -> None:
@@ -296,43 +314,57 @@ class _Session:
 
     def log(self, points: list[Point]) -> int:
         """Log metrics. One that is not finite is a gap in the curve (NaN), and its first one a tag."""
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
         metrics: list[Metric] = []
         tags: dict[str, str] = {}
         for key, value, record in points:
             if not math.isfinite(value) and f"nonfinite.{key}" not in self._tags:
                 tags.setdefault(f"nonfinite.{key}", f"{value} at step {record.step}, the first")
-            number = value if math.isfinite(value) else math.nan
-            metrics.append(Metric(key, number, round(record.time * 1000), record.step))
+            metrics.append(_metric(key, value if math.isfinite(value) else math.nan, record))
         if metrics:
             self._log_batch(metrics, [RunTag(key, value) for key, value in tags.items()])
             self._tags |= tags
             self.newest |= {metric.key: metric for metric in metrics}
-        evaluated = {record.step for _, _, record in points if record.type == "evaluation"}
-        for step in sorted(evaluated):
-            models = [m for m in self._models(f"params.step = '{step}'") if m.tags.get(STATE) in ("pending", "ready")]
-            if sum([self._link(model) for model in models]):
-                self._set_aliases()
         return len(metrics)
 
-    def _link(self, model: LoggedModel) -> bool:
-        """Give a checkpoint the metrics of its step, and the newest training loss. Whether that was anything."""
+    def link(self, evaluation: Record, loss: Metric | None, logged: set[tuple[str, int]]) -> None:
+        """Give the checkpoints of an evaluation's step its metrics, and the training loss that was newest then.
+
+        `logged` are the points (metric, step) that have just gone to the run. Of others the run's own is taken, so that
+        what is linked is never a second point of a curve.
+        """
+        step = evaluation.step
+        models = [m for m in self._models(f"params.step = '{step}'") if m.tags.get(STATE) in ("pending", "ready")]
+        if not models:
+            return
+        points = [] if loss is None else [loss]
+        for name, value in evaluation.metrics.items():
+            if (key := _name(name), step) in logged:
+                points.append(_metric(key, value, evaluation))
+            else:
+                points += [m for m in self.client.get_metric_history(self.run_id, key) if m.step == step][:1]
+        if sum([self._give(model, points) for model in models]):
+            self._set_aliases()
+
+    def _give(self, model: LoggedModel, points: list[Metric]) -> bool:
+        """Give a checkpoint the metrics of the run that it has not. Whether there were any."""
         from mlflow.entities import Metric
 
-        step, known = int(model.params["step"]), {metric.key for metric in model.metrics or []}
-        wanted = [
+        known = {metric.key for metric in model.metrics or []}
+        wanted = [m for m in points if m.key not in known and math.isfinite(m.value)]
+        if wanted:
+            linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id) for m in wanted]
+            self.client.log_batch(self.run_id, metrics=linked)  # the run has them: an equal point is one point
+        return bool(wanted)
+
+    def _at(self, step: int) -> list[Metric]:
+        """The run's newest points, those at a step, and the newest training loss not after it."""
+        return [
             metric
             for key, metric in self.newest.items()
-            if key not in known
-            and not key.startswith("system/")
-            and math.isfinite(metric.value)
-            and (metric.step == step or (key == "loss" and metric.step < step))
+            if not key.startswith("system/") and (metric.step == step or (key == "loss" and metric.step < step))
         ]
-        linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id) for m in wanted]
-        if linked:
-            self.client.log_batch(self.run_id, metrics=linked)  # the run has them: an equal point is one point
-        return bool(linked)
 
     def _log_batch(self, metrics: list[Metric], tags: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
@@ -491,7 +523,7 @@ class _Session:
             self._manifest(model, Path(path))
             self.client.finalize_logged_model(model.model_id, "READY")
             self.client.set_logged_model_tags(model.model_id, {STATE: "ready"})
-            self._link(model)
+            self._give(model, self._at(record.step))
             self._set_aliases()
         elif status == "failed" and state == "pending":
             self._fail(model)
@@ -508,7 +540,7 @@ class _Session:
             )
 
     def _set_aliases(self) -> None:
-        """`latest` and `best` name the newest and the best checkpoint there are; another run's better one stays."""
+        """`newest` and `best` name the newest and the best checkpoint there are; another run's better one stays."""
         if self.config.register_as is None:
             return
         ready = self._models(f"tags.`{STATE}` = 'ready'")
@@ -516,7 +548,7 @@ class _Session:
             return
         name = self.config.register_as
         latest = max(ready, key=lambda model: (int(model.params["step"]), int(model.params["branch"])))
-        self._alias(name, "latest", latest)
+        self._alias(name, NEWEST, latest)
         measured = [(loss, model) for model in ready if (loss := self._measure(model)) is not None]
         if not measured:
             return
@@ -561,13 +593,12 @@ class _Session:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"models:/{model.model_id}"
         for version in self.client.search_model_versions(f"name = '{name}'", max_results=1000):
-            if version.source == source or version.model_id == model.model_id:
+            if version.model_id == model.model_id:
                 return str(version.version)
         tags = {key: model.params[key] for key in ("step", "branch", "path")}
         made = self.client.create_model_version(
-            name, source, run_id=self.run_id, tags=tags, model_id=model.model_id, await_creation_for=0
+            name, model.artifact_location, run_id=self.run_id, tags=tags, model_id=model.model_id, await_creation_for=0
         )
         known = json.loads(model.tags.get(VERSIONS, "[]"))
         known.append({"name": name, "version": int(made.version)})
@@ -644,6 +675,7 @@ def _version_s_model(client: MlflowClient, rest: str) -> str:
     """The id of the logged model that NAME@alias or NAME/VERSION stands for."""
     model, at, alias = rest.rpartition("@")
     if at:
+        alias = NEWEST if alias == "latest" else alias
         version = client.get_model_version_by_alias(model, alias)
     elif (parts := rest.rpartition("/"))[1]:
         version = client.get_model_version(parts[0], parts[2])
@@ -724,6 +756,12 @@ def _new_points(record: Record, marks: dict[str, int]) -> list[Point]:
             marks[key] = record.step
             points.append((key, value, record))
     return points
+
+
+def _metric(key: str, value: float, record: Record) -> Metric:
+    from mlflow.entities import Metric
+
+    return Metric(key, value, round(record.time * 1000), record.step)
 
 
 def _name(key: str) -> str:
