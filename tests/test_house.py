@@ -31,6 +31,8 @@ DOORS = {
     "deepspeed": "pretrain/engine/zero.py",
     "mlflow": "pretrain/track/mlflow.py",
     "submitit": "launch/slurm.py",
+    "matplotlib": "pretrain/plots.py",
+    "pynvml": "pretrain/track/system.py",
 }
 PARSERS = {int: configs.parse_int, float: configs.parse_float, bool: configs.parse_bool}
 

@@ -100,7 +100,7 @@ class _Gpus:
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         except Exception as error:  # of the library: its absence, no driver, no right
             if Path("/proc/driver/nvidia").exists():
-                logger.warning("GPUs are not measured: %s; pip install nvidia-ml-py", error)
+                logger.warning("GPUs are not measured: %s; pip install 'longhaul[gpu]'", error)
 
     def sample(self) -> dict[str, float]:
         found: dict[str, float] = {}
