@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 log = logging.getLogger("data-prep")
 LINE_S = 60.0
 
@@ -133,6 +136,40 @@ class Count:
             self.bar.start()
         text = self.line(done, total, time.monotonic() - self.begun)
         self.bar.update(self.task, total=max(total, 1), completed=done, description=text)
+
+
+class Elapsed:
+    """Says how long a call takes that tells nothing itself, while used as a context. The clock starts with `after`."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def after(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; with the last one the clock starts."""
+        yield from items
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Elapsed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _tell(self) -> None:
+        begun, on_terminal = time.monotonic(), sys.stderr.isatty()
+        while not self._over.wait(1.0 if on_terminal else LINE_S):
+            line = f"{self.title}: {duration(time.monotonic() - begun)} so far"
+            if on_terminal:
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            else:
+                log.info("%s", line)
+        if on_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def size(count: float) -> str:

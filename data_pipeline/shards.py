@@ -23,7 +23,7 @@ import itertools
 import json
 import os
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -630,8 +630,11 @@ class Shards:
             os.close(self._open.popitem()[1])
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Read every byte of a corpus and yield one line per damage; nothing when it is whole."""
+def verify(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -> Iterator[str]:
+    """Read every byte of a corpus and yield one line per damage; nothing when it is whole.
+
+    `look` is told of the shards that were read, and of how many there are.
+    """
     try:
         manifest = Manifest.open(folder)
     except ShardError as error:
@@ -643,10 +646,13 @@ def verify(folder: Path) -> Iterator[str]:
     for name, hash_ in manifest.head.get("files", {}).items():
         expected.add(folder / name)
         yield from _check_file(folder / name, hash_)
+    read = 0
     for generation in range(len(manifest.generations)):
         for split in SPLITS:
             shards = manifest.shards(split, generation)
             for i in range(len(shards)):
+                read += 1
+                look(read - 1, manifest.table.num_rows)
                 expected |= {shards.path(i, suffix) for suffix in ("tar", "index.npy", "docs.parquet")}
                 yield from _check_shard(shards, i)
             shards.close()

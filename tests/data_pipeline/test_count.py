@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 
 from data_pipeline import progress
-from data_pipeline.progress import Count
+from data_pipeline.progress import Count, Elapsed
 
 
 def test_a_line_says_how_many_how_fast_and_how_long() -> None:
@@ -30,6 +31,18 @@ def test_a_log_has_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pyte
             count(done, 10, "verify", "checkpoints")
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 6 and all(line.startswith("verify: ") and " left" in line for line in lines)
+
+
+def test_a_call_that_tells_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(progress, "LINE_S", 0.01)
+    with caplog.at_level("INFO"), Elapsed("tokenizer: merging") as merging:
+        assert list(merging.after([1, 2])) == [1, 2]
+        while len(caplog.messages) < 2:
+            time.sleep(0.01)
+    assert caplog.messages[0] == "tokenizer: merging: 0:00 so far"
+    told = len(caplog.messages)
+    time.sleep(0.05)
+    assert len(caplog.messages) == told
 
 
 class Terminal(io.StringIO):
