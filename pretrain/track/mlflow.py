@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "track"
 BATCH = 900  # metrics per request; MLflow takes 1,000 entries
+MOST_EVALUATIONS = 50  # of one part: each asks for the checkpoints of its step
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 36  # characters, MLflow's limits
 IDENTITY = "longhaul.run"  # the tag by which a run is found again
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
@@ -197,11 +198,11 @@ class MlflowTracker:
             live = record.step <= last.get(record.branch, -math.inf)
             measured = record.type in ("step", "evaluation")
             if measured and live:
-                points += _new_points(record, marks)
+                new = _new_points(record, marks)
+                points += new
+                loss = next((_metric(key, value, record) for key, value, _ in new if key == "loss"), loss)
                 if record.type == "evaluation":
                     evaluations.append((record, loss if loss is not None and loss.step <= record.step else None))
-                elif points and "loss" in record.metrics and (points[-1][2] is record):
-                    loss = _metric("loss", record.metrics["loss"], record)
             elif (points or evaluations) and not measured:
                 break  # first what came before this event
             elif not measured:
@@ -209,7 +210,7 @@ class MlflowTracker:
                 if live and record.fields.get("status") == "ready":
                     points += _new_points(replace(record, fields={"metrics": self._goodput()}), marks)
             state.cursor = cursor
-            if len(points) >= BATCH or not measured:
+            if len(points) >= BATCH or len(evaluations) >= MOST_EVALUATIONS or not measured:
                 break
         self.metrics += session.log(points)
         logged = {(key, record.step) for key, _, record in points}
@@ -339,8 +340,11 @@ class _Session:
         if not models:
             return
         points = [] if loss is None else [loss]
+        known = set.intersection(*({metric.key for metric in model.metrics or []} for model in models))
         for name, value in evaluation.metrics.items():
-            if (key := _name(name), step) in logged:
+            if (key := _name(name)) in known:
+                continue
+            if (key, step) in logged:
                 points.append(_metric(key, value, evaluation))
             else:
                 points += [m for m in self.client.get_metric_history(self.run_id, key) if m.step == step][:1]
@@ -696,7 +700,7 @@ def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
     logger.warning("MLflow at %s has no run %s any more: all of it is carried to a new one", state.uri, state.run_id)
-    state.run_id, state.cursor, state.marks = None, Cursor(), {}
+    state.run_id, state.cursor, state.marks, state.system = None, Cursor(), {}, {}
     return None
 
 
