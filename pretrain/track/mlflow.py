@@ -45,6 +45,7 @@ from pretrain.track.mask import CREDENTIALS, mask_text
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
     from mlflow.entities import Run as MlflowRun
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying 
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
 
 VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
+MODEL = "longhaul.model_id"  # the tag of a registered version
 NEWEST = "newest"  # the alias; MLflow keeps `latest` for the highest version, which a restart may have superseded
 GOODPUT_SHARE = 0.02  # of its time that a follower reckons the goodput at most: that reads all of the journal
 
@@ -577,7 +579,7 @@ class _Session:
 
         try:
             version = self.client.get_model_version_by_alias(name, alias)
-            return self.client.get_logged_model(version.model_id) if version.model_id else None
+            return self.client.get_logged_model(_model_id(version))
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -598,9 +600,9 @@ class _Session:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         for version in self.client.search_model_versions(f"name = '{name}'", max_results=1000):
-            if version.model_id == model.model_id:
+            if _model_id(version) == model.model_id:
                 return str(version.version)
-        tags = {key: model.params[key] for key in ("step", "branch", "path")}
+        tags = {MODEL: model.model_id, **{key: model.params[key] for key in ("step", "branch", "path")}}
         made = self.client.create_model_version(
             name, model.artifact_location, run_id=self.run_id, tags=tags, model_id=model.model_id, await_creation_for=0
         )
@@ -685,7 +687,12 @@ def _version_s_model(client: MlflowClient, rest: str) -> str:
         version = client.get_model_version(parts[0], parts[2])
     else:
         raise LookupError("expected models:/NAME@alias or models:/NAME/VERSION")
-    return str(version.model_id or str(version.source).removeprefix("models:/"))
+    return _model_id(version)
+
+
+def _model_id(version: ModelVersion) -> str:
+    """The id of the logged model that a version is; MLflow's database does not keep it, so a tag of ours does."""
+    return str(version.model_id or version.tags.get(MODEL) or str(version.source).removeprefix("models:/"))
 
 
 def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:

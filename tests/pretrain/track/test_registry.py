@@ -91,7 +91,7 @@ def test_the_aliases_follow_the_checkpoints_that_are_there(place: Place, tmp_pat
     best = MlflowClient(config.uri).get_model_version_by_alias(str(config.register_as), "best")
     newest = MlflowClient(config.uri).get_model_version_by_alias(str(config.register_as), "newest")
     assert best.run_id != newest.run_id  # a worse one of another run is the latest, and not the best
-    (version,) = json.loads(models_of(config, newest.model_id).tags["mlflow.modelVersions"])
+    (version,) = json.loads(models_of(config, newest.tags["longhaul.model_id"]).tags["mlflow.modelVersions"])
     assert version == {"name": config.register_as, "version": int(newest.version)}
 
 
