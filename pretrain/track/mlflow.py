@@ -102,7 +102,7 @@ class Mlflow(Section):
     every_seconds: Annotated[Float, Field(gt=0)] = 5.0  # how often the journal is looked at
     close_seconds: Annotated[Float, Field(ge=0)] = 20.0  # how long the end of a run waits for what is not yet carried
     system_every_seconds: Annotated[Float, Field(gt=0)] | None = 10.0  # how often each node is measured
-    register_as: Annotated[str, Field(min_length=1, pattern=r"^[^/:@]+$")] | None = None  # a model of the registry
+    register_as: Annotated[str, Field(min_length=1, pattern=r"^[^/:@'\"]+$")] | None = None  # a model of the registry
     best_by: str | None = None  # e.g. validation/wikipedia/loss; default: the mean of the validation losses
 
     def build(self, run_folder: Path) -> MlflowTracker:
