@@ -25,7 +25,7 @@ def test_a_line_says_how_many_how_fast_and_how_long() -> None:
 
 def test_a_log_has_a_line_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter(range(0, 10_000, 25))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("data_pipeline.progress.time.monotonic", lambda: float(next(clock)))
     with Count() as count:
         for done in range(10):
             count(done, 10, "verify", "checkpoints")
