@@ -128,7 +128,7 @@ def verify(where: Where, as_json: AsJson = False) -> None:
     from data_pipeline.progress import Count
     from data_pipeline.summary import folders, verified
 
-    damages = []
+    damages: list[str] = []
     with Count() as count:
         for folder in folders(where):
             title = f"verify {folder.name}"

@@ -90,7 +90,8 @@ def read(folder: Path, look: Look = lambda *_: None) -> Told:
     sizes = {branch: path.stat().st_size for branch, path in branch_files(folder).items()}
     before = {branch: sum(size for b, size in sizes.items() if b < branch) for branch in sizes}
     told, branches = Told(folder), lineage(folder)
-    last, slim = last_steps(branches), []
+    last = last_steps(branches)
+    slim: list[Record] = []
     for count, (record, cursor) in enumerate(records_after(folder, Cursor())):
         if not count:
             told.first_time = record.time
@@ -284,10 +285,10 @@ ABOUT = PARTS | {
 def waterfall(found: Account) -> list[dict[str, Any]]:
     """From all time down to the steps that count: each part with where its bar begins, as shares of the whole."""
     whole = found.whole
-    rows, left = (
-        [{"part": "all time", "about": "since the first attempt was queued", "seconds": whole, "from": 0.0}],
-        1.0,
-    )
+    rows: list[dict[str, Any]] = [
+        {"part": "all time", "about": "since the first attempt was queued", "seconds": whole, "from": 0.0}
+    ]
+    left = 1.0
     losses = sorted((p for p in PARTS if p != "train" and found.seconds[p] > 0), key=lambda p: -found.seconds[p])
     for part in [*losses, "train"]:
         size = found.seconds[part] / whole if whole else 0.0

@@ -14,7 +14,7 @@ import configs
 from configs import ConfigError
 from data_pipeline.stream import Corpora
 from pretrain import report
-from pretrain.goodput import Account
+from pretrain.goodput import PARTS, Account
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import Segments, first_segment
 from pretrain.track import Journal
@@ -123,7 +123,7 @@ def test_the_data_are_shown_as_planned_and_as_fed(page: Path, run: TrainRun) -> 
 
 def test_the_waterfall_falls_from_all_time_to_what_counts() -> None:
     seconds = {"train": 60.0, "redone": 25.0, "save": 15.0}
-    account = Account({part: seconds.get(part, 0.0) for part in report.PARTS}, {}, [])
+    account = Account({part: seconds.get(part, 0.0) for part in PARTS}, {}, [])
     found = [(row["part"], round(row["from"], 2), round(row["share"], 2)) for row in report.waterfall(account)]
     assert found == [("all time", 0.0, 1.0), ("redone", 0.75, 0.25), ("save", 0.6, 0.15), ("train", 0.0, 0.6)]
 
