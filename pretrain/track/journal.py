@@ -140,7 +140,7 @@ class Journal:
         self._warned = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as steps
 class Record:
     """One line of the journal: what every record has, and its other fields by name."""
 
