@@ -370,17 +370,24 @@ def read_parquet(data: bytes) -> pa.Table:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that is whole and on disk when this returns; it appears under its name only then."""
+    """Write a file that is whole and on disk when this returns; it appears under its name only then.
+
+    Once it has appeared, its folder may be renamed: whoever waited for it may act before this returns.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with writing(path, len(data)), temporary.open("wb") as file:
-        file.write(data)
-        fail_at("file.written")
-        file.flush()
-        os.fsync(file.fileno())
-    fail_at("file.synced")
-    temporary.replace(path)
-    fail_at("file.renamed")
-    sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with writing(path, len(data)), temporary.open("wb") as file:
+            file.write(data)
+            fail_at("file.written")
+            file.flush()
+            os.fsync(file.fileno())
+        fail_at("file.synced")
+        temporary.replace(path)
+        fail_at("file.renamed")
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def sync_folder(folder: Path) -> None:

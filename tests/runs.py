@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 
 from pretrain import checkpoint
+from pretrain.cli import main
 from pretrain.track.journal import read_journal
 from tests.corpora import make_corpus
-from tests.processes import HERE, environment, free_port
+from tests.processes import RankProcess, environment, free_port
 
 RUN = """
 name: small
@@ -66,12 +66,12 @@ class Started:
         port = free_port()
         self.outputs = [config.parent / f"rank-{rank}.{time.time_ns()}.log" for rank in range(ranks)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "pretrain.cli", "train", str(config), *overrides],
-                env=(environment(rank, ranks, port) if ranks > 1 else alone()) | dict(variables),
-                cwd=HERE,
-                stdout=subprocess.DEVNULL,
-                stderr=self.outputs[rank].open("wb"),
+            RankProcess(
+                _train,
+                config,
+                overrides,
+                variables=(environment(rank, ranks, port) if ranks > 1 else alone()) | dict(variables),
+                log=self.outputs[rank],
             )
             for rank in range(ranks)
         ]
@@ -96,7 +96,7 @@ class Started:
     @property
     def text(self) -> str:
         """What rank 0 has written to stderr."""
-        return self.outputs[0].read_text()
+        return self.outputs[0].read_text() if self.outputs[0].exists() else ""
 
     def wait_for_step(self, step: int, timeout: float = 300) -> None:
         """Wait until rank 0 has logged a step."""
@@ -105,6 +105,12 @@ class Started:
             assert time.monotonic() < deadline, f"step {step} did not come:\n{self.text}"
             assert self.processes[0].poll() is None, f"ended before step {step}:\n{self.text}"
             time.sleep(0.02)
+
+
+def _train(config: Path, overrides: tuple[str, ...]) -> None:
+    """The command itself, in a process of its own."""
+    sys.argv = ["pretrain", "train", str(config), *overrides]
+    main()
 
 
 def alone() -> dict[str, str]:

@@ -3,6 +3,7 @@
     python -m tests.chaos                        # every row to its number of trials (make chaos)
     python -m tests.chaos --rows T1 --seed 17    # one case again, by the seed that was printed
     python -m tests.chaos --tests                # the rows that tests prove, run now
+    python -m tests.chaos --tests L3 T17         # these rows alone; trials of one commit add up
     python -m tests.chaos --table                # only write docs/faults.md again
 
 It may be stopped and started again: what is recorded for this commit is not repeated.
@@ -30,13 +31,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seed", type=int, help="one case with this seed, nothing recorded")
-    parser.add_argument("--tests", action="store_true", help="run the tests that prove the other rows")
+    parser.add_argument("--tests", nargs="*", metavar="ROW", help="run the tests that prove the other rows")
     parser.add_argument("--report", type=Path, help="take the rows of tests from this report of pytest (--junitxml)")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     failed = False
-    if arguments.tests:
-        failed = table.run_tests()
+    if arguments.tests is not None:
+        failed = table.run_tests(arguments.tests)
     elif arguments.report is not None:
         failed = table.read_tests(arguments.report)
     elif not arguments.table:

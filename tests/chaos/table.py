@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -142,24 +143,26 @@ def recorded(row: str) -> int:
     return sum(r["trials"] for r in _records() if r["row"] == row and r["commit"] == _commit())
 
 
-def run_tests() -> bool:
-    """Run the tests of all rows that have some, and record them; whether any failed."""
+def run_tests(ids: Sequence[str] = ()) -> bool:
+    """Run the tests of the rows that have some, or of these alone, and record them; whether any failed."""
+    rows = [row for row in ROWS if row.files and (not ids or row.id in ids)]
+    words = " or ".join(sorted({word for row in rows for word in row.words})) if ids else ""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
-        files = sorted({file for row in ROWS for file in row.files})
+        files = sorted({file for row in rows for file in row.files})
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", f"--junitxml={report}",
-                        *files], cwd=ROOT)  # fmt: skip
-        return read_tests(report)
+                        "-k", words, *files], cwd=ROOT)  # fmt: skip
+        return read_tests(report, rows)
 
 
-def read_tests(report: Path) -> bool:
+def read_tests(report: Path, rows: Sequence[Row] = ROWS) -> bool:
     """Record the rows whose tests a report of pytest holds; whether any of these failed, or was none."""
     bad = False
     cases = [
         (str(case.get("classname")).replace(".", "/") + ".py", str(case.get("name")), {child.tag for child in case})
         for case in ElementTree.parse(report).getroot().iter("testcase")
     ]
-    for row in ROWS:
+    for row in rows:
         mine = [tags for file, name, tags in cases if row.holds(file, name) and "skipped" not in tags]
         if not row.files:
             continue

@@ -36,7 +36,7 @@ CONFIG = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two corpora, prepared by one worker on this machine in out/."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": sentences(i, 8)}) + "\n" for i in range(260)))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": sentences(i % 200, 8)}) + "\n" for i in range(260)))
     (folder / "texts").mkdir()
     for i in range(6):
         (folder / "texts" / f"{i}.txt").write_text(sentences(1000 + i, 90))
@@ -126,6 +126,22 @@ def test_stopped_half_way_then_with_another_number_of_tasks(cluster: Cluster, he
     assert cluster.wait(second["seal"][0], ENDED) == "COMPLETED", logs(here, "*")
     assert contents(here / "out") == contents(made / "out")
     assert kept.items() <= slices(here).items()
+
+
+def test_duplicates_are_sought_in_arrays_and_go_on_where_they_stopped(cluster: Cluster, here: Path) -> None:
+    """Four stages, each an array that waits for the one before; cancelled in the first, then with other tasks."""
+    done = run("data_pipeline.cli", "run", "small.yaml", "dedup={}", "out=here", folder=here)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((here / "here/rows/MANIFEST.json").read_text())
+    assert "duplicate" in json.dumps(record)
+    first = submit(here, 3, "dedup={}", variables=SLOW)
+    assert list(first) == ["plan", "texts", "buckets", "clusters", "slices", "seal"]
+    cluster.until("texts at work", lambda: len(list(here.glob("out/*/texts/[0-9]*/slice.json"))) >= 2)
+    cluster.run(f"scancel {first['texts'][0]}")
+    assert cluster.wait(first["seal"][0], ENDED) == "FAILED"
+    second = submit(here, 7, "dedup={}")
+    assert cluster.wait(second["seal"][0], ENDED) == "COMPLETED", logs(here, "*")
+    assert contents(here / "out") == contents(here / "here")
 
 
 def test_a_node_lost_in_mid_work(cluster: Cluster, here: Path, made: Path) -> None:

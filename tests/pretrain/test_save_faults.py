@@ -61,18 +61,18 @@ def attempt(folder: Path, branch: int, steps: list[int], fault: str, settings: C
     """Run all ranks; when one is killed, so are the others, as a launcher does. Whether one was."""
     keep = settings or Checkpoints(keep_last=1)
     running = {fork(folder, rank, branch, steps, keep, fault) for rank in range(RANKS)}
-    killed = False
+    failed: int | None = None
     while running:
         pid, status = os.wait()
         if pid not in running:
             continue
         running.remove(pid)
-        if os.WIFSIGNALED(status) and not killed:
-            killed = True
+        if status and failed is None:
+            failed = status
             for other in running:
                 os.kill(other, signal.SIGKILL)
-        assert killed or status == 0, f"exit code {os.waitstatus_to_exitcode(status)}"
-    return killed
+    assert failed is None or os.WIFSIGNALED(failed), f"exit code {os.waitstatus_to_exitcode(failed or 0)}"
+    return failed is not None
 
 
 def resume(folder: Path) -> tuple[int, int]:
@@ -115,6 +115,13 @@ def test_killed_at_every_failpoint(name: str, rank: int, tmp_path: Path) -> None
 
 def test_the_list_of_failpoints_is_not_empty() -> None:
     assert {"checkpoint.writing", "checkpoint.renamed", "checkpoint.deleting", "file.synced"} <= set(NAMES)
+
+
+def test_a_rank_may_learn_of_the_commit_before_its_own_last_sync(tmp_path: Path) -> None:
+    """Rank 0 renames the folder as soon as it sees the file of rank 1, which has still to sync that folder."""
+    branch = Lineage(tmp_path).take(None, 0, None, "start").branch
+    assert not attempt(tmp_path, branch, [1, 2], "file.renamed@1=sleep:0.3", Checkpoints())
+    assert [path.name for path in checkpoint.live_checkpoints(tmp_path)] == ["step-2.b1", "step-1.b1"]
 
 
 def test_a_torn_save_is_never_chosen(tmp_path: Path) -> None:
