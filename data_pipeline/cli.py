@@ -125,9 +125,14 @@ def work(
 @app.command()
 def verify(where: Where, as_json: AsJson = False) -> None:
     """Read every byte of finished shards. A line for each damage, and exit 1."""
+    from data_pipeline.progress import Count
     from data_pipeline.summary import folders, verified
 
-    damages = [line for folder in folders(where) for line in verified(folder)]
+    damages: list[str] = []
+    with Count() as count:
+        for folder in folders(where):
+            title = f"verify {folder.name}"
+            damages += verified(folder, lambda read, all, title=title: count(read, all, title, "shards"))  # type: ignore[misc]
     print(json.dumps(damages, ensure_ascii=False) if as_json else "\n".join(damages or ["whole"]))
     raise typer.Exit(1 if damages else 0)
 

@@ -21,7 +21,7 @@ from data_pipeline.classifier import Judge
 from data_pipeline.language import file_sha256
 from data_pipeline.lease import Lease
 from data_pipeline.preparation import Preparation
-from data_pipeline.progress import Display, Progress, size
+from data_pipeline.progress import Display, Elapsed, Progress, size
 from data_pipeline.sources.inputs import Input, Part, Reading
 from data_pipeline.tokenizer import (
     Given,
@@ -78,7 +78,8 @@ def _make_tokenizer(preparation: Preparation, identity: dict[str, Any]) -> dict[
     if isinstance(choice, Given):
         choice.write(path)
     else:
-        choice.train(_sampled(preparation, choice, sample), path)
+        with Elapsed("tokenizer: counting pairs and merging them") as merging:
+            choice.train(merging.after(_sampled(preparation, choice, sample)), path)
     return {"config": identity, "sample": sample, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

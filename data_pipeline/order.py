@@ -283,6 +283,13 @@ class Order:
         """The pools that the last segment draws from."""
         return np.flatnonzero(self._mixtures[-1].counts).tolist()
 
+    def drawn(self, samples: int) -> dict[str, int]:
+        """How many of the first `samples` samples each source gives."""
+        totals: dict[str, int] = {}
+        for pool, count in zip(self.pools, self._drawn_before(samples).sum(axis=1), strict=True):
+            totals[pool.source] = totals.get(pool.source, 0) + int(count)
+        return totals
+
     def exhausted(self, max_epochs: Mapping[str, float]) -> Exhausted | None:
         """The first sample that lies beyond its source's limit of epochs, or None where no limit is ever passed."""
         found: list[Exhausted] = []

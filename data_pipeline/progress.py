@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 log = logging.getLogger("data-prep")
 LINE_S = 60.0
 
@@ -77,31 +80,96 @@ class Display:
         self.bar.update(self.task, completed=progress.bytes, description=text)
 
 
-class Count(Display):
-    """The same for things that are counted: tell it how many are done. Bytes have a unit of their own."""
+class Count:
+    """Shows how many of some things are done while used as a context; call it as often as you like.
 
-    def __init__(self, title: str, unit: str, total: int) -> None:
-        super().__init__(title)
-        self.unit, self.progress = unit, Progress(total)
+    `unit` is what they are; of `bytes` sizes are shown. Another title begins another count.
+    """
+
+    def __init__(self) -> None:
+        self.title, self.unit = "", ""
+        self.begun = self.told = time.monotonic()
+        self.first = 0
+        self.bar: Any = None
+        self.task: Any = None
 
     def __enter__(self) -> Count:
         return self
 
-    def __call__(self, done: Progress | int) -> None:
-        if isinstance(done, int):
-            self.progress.done_bytes = done
-            done = self.progress
-        super().__call__(done)
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop()
 
-    def line(self, progress: Progress, seconds: float) -> str:
-        """`evaluate: 41 % of 12,345 requests, 35.1 requests/s, 3:25 left`."""
-        done, total = progress.bytes, progress.total_bytes
-        rate = done / max(seconds, 1e-9)
-        left = duration((total - done) / rate) if done else "?"
-        words = [size(total), f"{size(rate)}/s"] if self.unit == "bytes" else [
-            f"{total:,} {self.unit}", f"{rate:,.1f} {self.unit}/s"
-        ]  # fmt: skip
-        return f"{self.title}: {100 * done / max(total, 1):.0f} % of {words[0]}, {words[1]}, {left} left"
+    def __call__(self, done: int, total: int, title: str, unit: str) -> None:
+        if (title, unit) != (self.title, self.unit):
+            self._stop()
+            self.title, self.unit, self.first = title, unit, done
+            self.begun = time.monotonic()
+        if sys.stderr.isatty():
+            self._draw(done, total)
+        elif time.monotonic() - self.told >= LINE_S:
+            self.told = time.monotonic()
+            print(self.line(done, total, self.told - self.begun), file=sys.stderr, flush=True)
+
+    def line(self, done: int, total: int, seconds: float) -> str:
+        """`verify: 3 of 12 checkpoints, 0.4/s, 0:22 left`."""
+        per_s = (done - self.first) / max(seconds, 1e-9)
+        left = duration(max(0, total - done) / per_s) if per_s > 0 else "?"
+        if self.unit == "bytes":
+            share = 100 * done / max(total, 1)
+            return f"{self.title}: {share:.0f} % of {size(total)}, {size(per_s)}/s, {left} left"
+        rate = f"{per_s:,.0f}/s" if per_s >= 10 else f"{per_s:.1f}/s" if per_s >= 0.1 else f"{60 * per_s:.1f}/min"
+        return f"{self.title}: {done:,} of {total:,} {self.unit}, {rate}, {left} left"
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = None
+
+    def _draw(self, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        if self.bar is None:
+            self.bar = Bar(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+            self.task = self.bar.add_task(self.title, total=max(total, 1))
+            self.bar.start()
+        text = self.line(done, total, time.monotonic() - self.begun)
+        self.bar.update(self.task, total=max(total, 1), completed=done, description=text)
+
+
+class Elapsed:
+    """Says how long a call takes that tells nothing itself, while used as a context. The clock starts with `after`."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def after(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; with the last one the clock starts."""
+        yield from items
+        self._thread = threading.Thread(target=self._tell, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Elapsed:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _tell(self) -> None:
+        begun, on_terminal = time.monotonic(), sys.stderr.isatty()
+        while not self._over.wait(1.0 if on_terminal else LINE_S):
+            line = f"{self.title}: {duration(time.monotonic() - begun)} so far"
+            if on_terminal:
+                print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            else:
+                log.info("%s", line)
+        if on_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def size(count: float) -> str:

@@ -7,10 +7,11 @@ its samples in a part of the work, and parts may be as many processes' as there 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,21 +21,30 @@ from data_pipeline.stream import Corpora, Data
 
 PART_SAMPLES = 2**17  # of which a process knows the places at a time; a group of 8 blocks of 512 lanes has as many
 
+Item = TypeVar("Item")
 Piece = tuple[int, int, int]  # of which stretch, first sample, end
 
 
 def stretch_digests(
-    order: Order, skips: Skips, data: Data, bounds: Sequence[int], workers: int = 1
+    order: Order,
+    skips: Skips,
+    data: Data,
+    bounds: Sequence[int],
+    workers: int = 1,
+    look: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[int | str]:
-    """The digest of the samples that are fed from each bound up to the next; a line where they cannot be read."""
+    """The digest of the samples that are fed from each bound up to the next; a line where they cannot be read.
+
+    `look` is told of the parts that were read, and of how many there are.
+    """
     parts = _parts(bounds, workers)
     reader = _Reader(order, skips, data)
     if workers == 1:
-        results = [reader.read(part) for part in parts]
+        results = _looked_at(map(reader.read, parts), len(parts), look)
     else:
         spawn = multiprocessing.get_context("spawn")  # a fork would take locks of this process' threads along
         with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(reader,)) as pool:
-            results = list(pool.map(_read, parts))
+            results = _looked_at(pool.map(_read, parts), len(parts), look)
     sums, problems = [0] * (len(bounds) - 1), [""] * (len(bounds) - 1)
     for totals, found in results:
         for stretch, total in totals.items():
@@ -42,6 +52,14 @@ def stretch_digests(
         for stretch, problem in found.items():
             problems[stretch] = problems[stretch] or problem
     return (problem or total % 2**128 for total, problem in zip(sums, problems, strict=True))
+
+
+def _looked_at(results: Iterable[Item], count: int, look: Callable[[int, int], None]) -> list[Item]:
+    found = []
+    for result in results:
+        found.append(result)
+        look(len(found), count)
+    return found
 
 
 def _parts(bounds: Sequence[int], workers: int) -> list[list[Piece]]:

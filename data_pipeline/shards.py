@@ -23,7 +23,7 @@ import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
@@ -719,8 +719,11 @@ def _damage(data: bytes, entry: Any) -> str:
     return f"damaged (between byte {offset + first * CHUNK_BYTES} and {offset + min(last * CHUNK_BYTES, size)})"
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Read every byte of a corpus and yield one line per damage; nothing when it is whole."""
+def verify(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -> Iterator[str]:
+    """Read every byte of a corpus and yield one line per damage; nothing when it is whole.
+
+    `look` is told of the shards that were read, and of how many there are.
+    """
     try:
         manifest = Manifest.open(folder)
     except ShardError as error:
@@ -732,10 +735,13 @@ def verify(folder: Path) -> Iterator[str]:
     for name, hash_ in manifest.head.get("files", {}).items():
         expected.add(folder / name)
         yield from _check_file(folder / name, hash_)
+    read = 0
     for generation in range(len(manifest.generations)):
         for split in SPLITS:
             shards = manifest.shards(split, generation)
             for i in range(len(shards)):
+                read += 1
+                look(read - 1, manifest.table.num_rows)
                 expected |= {shards.path(i, suffix) for suffix in ("tar", "index.npy", "docs.parquet")}
                 yield from _check_shard(shards, i)
             shards.close()

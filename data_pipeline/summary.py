@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +77,9 @@ def folders(where: Path) -> list[Path]:
     return found
 
 
-def verified(folder: Path) -> Iterator[str]:
-    """A line for each damage of a corpus folder and its tokenizer."""
-    damages = list(shards.verify(folder))
+def verified(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -> Iterator[str]:
+    """A line for each damage of a corpus folder and its tokenizer. `look`: as of `shards.verify`."""
+    damages = list(shards.verify(folder, look))
     yield from damages
     if not damages:
         try:

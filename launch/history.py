@@ -16,8 +16,8 @@ import configs
 from configs import ConfigError
 from launch.attempts import STOP, Attempt, read_attempts
 from launch.job import JOBS
+from pretrain import goodput
 from pretrain.goodput import Launched
-from pretrain.guard import DONE, INTERRUPTED, STOPPED
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,7 @@ class History:
 
 def launched(attempt: Attempt) -> Launched | None:
     """An attempt for the account of the run's time; None where nobody wrote when it began."""
-    code = attempt.ended.get("exit_code")
-    final = code in (DONE, INTERRUPTED) or (code == STOPPED and attempt.ended.get("action") == "stop")
-    why = str(attempt.ended.get("why") or (f"exit {code}" if code is not None else "lost"))
-    began, queued, ended = attempt.begun.get("began"), attempt.begun.get("queued"), attempt.ended.get("ended")
-    if (began := _time(began)) is None:
-        return None
-    return Launched(attempt.number, began, _time(queued), _time(ended), why, final)
+    return goodput.launched(attempt.number, attempt.begun, attempt.ended)
 
 
 def find_run(path: Path) -> Path:
@@ -114,10 +108,6 @@ def _name(folder: Path, submissions: list[Submission]) -> str:
 def _numbered(parent: Path, stem: str) -> list[tuple[int, Path]]:
     found = [(path.name.removeprefix(stem), path) for path in parent.glob(f"{stem}*")]
     return sorted((int(number), path) for number, path in found if number.isdigit())
-
-
-def _time(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pretrain.engine import Engine, Outcome
 from pretrain.evaluate import Abandoned, task_scores, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
+from pretrain.memory import GIB, used_bytes
 from pretrain.meter import Ledger, Meter, duration
 from pretrain.noise import Noise
 from pretrain.profile import Profiler
@@ -32,7 +33,7 @@ from pretrain.run import TrainRun
 from pretrain.segments import Course
 from pretrain.stragglers import Stragglers
 from pretrain.suspects import accuse
-from pretrain.track import Journal, Trackers
+from pretrain.track import Journal, SystemMetrics, Trackers
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
@@ -81,6 +82,7 @@ class Attempt:
     digest_share: int = 0  # of what this rank has fed in this attempt
     ledger: Ledger = field(default_factory=Ledger)
     last_read: Reading | None = None
+    system: SystemMetrics | None = None  # of this node, on one of its ranks
 
     def __post_init__(self) -> None:
         spikes = Spikes(self.run.guard, self.guard_state.get("spikes"))
@@ -324,12 +326,18 @@ class Attempt:
     def close(self) -> None:
         """Close the journal, and give the archive and the trackers time to finish."""
         self.profile_until(self.position.step, ended=True)
+        self.close_system()
         self.saver.close(0.0 if self.stop.received is not None else None)
         if self.journal is not None:
             self.journal.close()
         if self.trackers is not None:
             hurried = self.stop.received is not None
             self.trackers.close(max(1.0, min(CLOSE_S, self.stop.left_s() - 2)) if hurried else None)
+
+    def close_system(self) -> None:
+        """Measure this node no more."""
+        if self.system is not None:
+            self.system.close()
 
     def due(self, every_steps: int | None) -> bool:
         """Whether this position is one of those at every so many steps."""
@@ -408,6 +416,7 @@ class Attempt:
         metrics = {"lr": local["lr"], "tokens_per_s": speed.tokens_per_s, "data_wait": speed.data_wait}
         metrics |= {"loss": reading.loss, "grad_norm": reading.grad_norm} if reading.fed else {}
         metrics |= {} if speed.mfu is None else {"mfu": speed.mfu}
+        metrics["memory_gib"] = used_bytes(self.ranks.device) / GIB
         self.journal.step(
             position.step, position.samples, position.tokens, position.digest, metrics, self.ledger.take()
         )

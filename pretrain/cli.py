@@ -276,12 +276,15 @@ def verify(
     import json
     from dataclasses import asdict
 
+    from data_pipeline.progress import Count
     from pretrain.run import load_run
     from pretrain.verify import verify_run
 
     loaded = load_run(run)
     deep = deep or workers is not None
-    rows = verify_run(loaded, deep, workers or 1, tell=lambda line: print(f"pretrain: {line}", file=sys.stderr))
+    with Count() as look:
+        tell = lambda line: print(f"pretrain: {line}", file=sys.stderr)  # noqa: E731
+        rows = verify_run(loaded, deep, workers or 1, tell, look)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -290,16 +293,39 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    run: Run,
+    other: Annotated[Path | None, typer.Argument(help="a second run, to compare")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write into; default: report in the run folder")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="let every kept checkpoint go on with this text; may be given again")
+    ] = None,
+) -> None:
+    """Write what became of a run, or of two side by side, as an HTML page and PNGs."""
+    from data_pipeline.progress import Count
+    from pretrain.report import FOLDER, make
+    from pretrain.run import load_run
+
+    runs = [load_run(path) for path in (run, other) if path is not None]
+    with Count() as look:
+        page = make(runs, out or runs[0].run_folder / FOLDER, prompt or [], look)
+    print(page)
+
+
 @app.command("track-sync")
 def track_sync(run: Run) -> None:
     """Carry what the trackers of a run have not seen yet, from a machine that reaches them."""
+    from data_pipeline.progress import Count
     from pretrain.run import load_run
     from pretrain.track import TrackError, sync
     from pretrain.track.mlflow import carry_evaluations
 
     loaded = load_run(run)
     try:
-        for synced in sync(loaded.track, loaded.run_folder):
+        with Count() as look:
+            done = sync(loaded.track, loaded.run_folder, lambda tracker: look(*tracker.carried, tracker.name, "bytes"))
+        for synced in done:
             print(
                 f"{synced.name}: {synced.metrics} metrics and {synced.checkpoints} checkpoints carried to {synced.page}"
             )

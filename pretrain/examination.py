@@ -143,16 +143,11 @@ class _Shown:
     """Progress on rank 0, one display after the other."""
 
     def __init__(self, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._title, self._count = "", Count("", "", 0)
+        self._is_shown, self._count = is_shown, Count()
 
     def __call__(self, title: str, done: int, total: int) -> None:
-        if not self._is_shown:
-            return
-        if title != self._title:
-            self.end()
-            self._title, self._count = title, Count(title, "requests", total).__enter__()
-        self._count(done)
+        if self._is_shown:
+            self._count(done, total, title, "requests")
 
     def counting(self, title: str, total: int) -> Callable[[], bool]:
         """A question that is asked before each of so many batches, shows how far it is, and never stops them."""

@@ -186,7 +186,7 @@ def _write_weights(
         places.update(dict.fromkeys(held, files))
         held, held_bytes, files = {}, 0, files + 1
 
-    with Count("export", "bytes", total) as show:
+    with Count() as show:
         for name, value in to_theirs(checkpoint.read_weights(committed), kind):
             tensor = value.to(dtype).contiguous()
             size = tensor.numel() * tensor.element_size()
@@ -194,7 +194,7 @@ def _write_weights(
                 flush()
             held[name], held_bytes, written = tensor, held_bytes + size, written + size
             del tensor, value
-            show(written)
+            show(written, total, "export", "bytes")
         flush()
     names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
     names = names if files > 1 else ["model.safetensors"]

@@ -48,6 +48,16 @@ class Launched:
     final: bool = False  # done, or stopped on purpose: until the next start nobody wants the run to go on
 
 
+def launched(number: int, begun: Mapping[str, object], ended: Mapping[str, object]) -> Launched | None:
+    """An attempt from what its launcher wrote, attempt.json and end.json; None where nobody wrote when it began."""
+    code = ended.get("exit_code")
+    final = code in (DONE, INTERRUPTED) or (code == STOPPED and ended.get("action") == "stop")
+    why = str(ended.get("why") or (f"exit {code}" if code is not None else "lost"))
+    if (began := _number(begun.get("began"))) is None:
+        return None
+    return Launched(number, began, _number(begun.get("queued")), _number(ended.get("ended")), why, final)
+
+
 @dataclass(frozen=True)
 class Restart:
     """How the run came back once. Seconds; None where no record says."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 
 from pretrain.engine import EngineSettings
@@ -72,6 +73,13 @@ class Shape:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or this machine had no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def used_bytes(device: torch.device) -> int:
+    """The most that this process has had of a GPU's memory at once; on a CPU, what it has of the machine's now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def width_of(engine: EngineSettings) -> int:

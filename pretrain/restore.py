@@ -36,11 +36,12 @@ class Restored:
 
     def write_texts(self, prompts: Sequence[str], sampling: Sampling, batch: int = 8) -> Iterator[Text]:
         """What follows each of several prompts, in their order, `batch` of them at once; i is drawn with seed + i."""
-        with Count("generate", "tokens", len(prompts) * sampling.max_tokens) as show:
+        total = len(prompts) * sampling.max_tokens
+        with Count() as show:
             for begin in range(0, len(prompts), batch):
                 texts = [Text(self.tokenizer, sampling.stop) for _ in prompts[begin : begin + batch]]
                 for made, _ in enumerate(self._write_batch(prompts[begin : begin + batch], sampling, texts, begin)):
-                    show(begin * sampling.max_tokens + made)
+                    show(begin * sampling.max_tokens + made, total, "generate", "tokens")
                 yield from texts
 
     def _write_batch(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
+import platform
 import socket
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -40,8 +43,10 @@ from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, plan_course
 from pretrain.suspects import ATTEMPT
-from pretrain.track import Journal, start_trackers
+from pretrain.track import Journal, measure_system, start_trackers
 from pretrain.track.journal import lineage, live_records, read_journal
+from pretrain.track.source import FOLDER as CODE
+from pretrain.track.source import read_source
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
@@ -147,10 +152,12 @@ def begin(
     trackers = before.trackers if before is not None else None
     if before is not None:
         before.saver.close(0.0)
+        before.close_system()
         if before.journal is not None:
             before.journal.close()
     if trackers is None and journal is not None:
         trackers = start_trackers(run.track, run.run_folder)
+    system = measure_system(run.track, run.run_folder, branch, position.step) if ranks.local_rank == 0 else None
     peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
     attempt = Attempt(
         run, ranks, stop, watchdog, course, engine, stream, validation,
@@ -160,6 +167,9 @@ def begin(
     )  # fmt: skip
     for line in course.warnings(position.step, first=True):
         attempt.note("epochs", line)
+    if system is not None:
+        attempt.system = system
+        system.step = lambda: attempt.position.step
     attempt.saver.on_commit = attempt.committed
     attempt.saver.on_removed = lambda folder: _on_removed(journal, folder)
     if journal is not None:
@@ -221,6 +231,8 @@ def _past(run: TrainRun, step: int) -> Past:
 
 def _open_run(run: TrainRun) -> Start:
     """Rank 0: examine the run folder, and write down what the run is where it is new."""
+    for tracker in run.track:
+        tracker.check()
     _bring_home(run)
     start = examine(run)
     if start.fresh:
@@ -375,13 +387,20 @@ def _journal(
 ) -> Journal:
     journal = Journal(run.run_folder, branch)
     datasets = [
-        {"name": name, "source": m.address, "digest": course.record.identities[name][-1]}
+        {"name": name, "source": m.address, "digest": course.record.identities[name][-1],
+         "tokens": sum(int(g["train"]["tokens"]) for g in m.generations[: course.record.generations[name]])}
         for name, m in course.corpora.manifests.items()
-    ]
+    ]  # fmt: skip
+    code = read_source()
+    if code is not None and code.diff:
+        (run.run_folder / CODE).mkdir(exist_ok=True)
+        write_durably(run.run_folder / CODE / f"{branch}.diff", code.diff.encode())
     journal.attempt(
         chosen.branch if chosen else None, chosen.position.step if chosen else start.origin.step, start.why,
         config=run.model_dump(mode="json"), datasets=datasets, host=socket.gethostname(), world_size=ranks.size,
         device=str(ranks.device), torch=torch.__version__, parameters=run.model.parameter_count(),
+        tokenizer=course.corpora.tokenizer_sha256, **_environment(ranks),
+        **({} if code is None else {"commit": code.commit, "modified": bool(code.diff)}),
         began=startup.began, attempt=int(os.environ[ATTEMPT]) if ATTEMPT in os.environ else None,
         seconds=dict(startup.seconds), end_step=course.end_step,
         **({"parent_checkpoint": str(start.parent.folder), "parent_hash": start.parent.hash} if start.parent else {}),
@@ -392,6 +411,18 @@ def _journal(
         chosen.position.step if chosen else start.origin.step, course.end_step, run.data.open_blocks_mib,
     )  # fmt: skip
     return journal
+
+
+def _environment(ranks: Ranks) -> dict[str, str]:
+    """What this attempt runs on, as the report and the trackers show it."""
+    names = ("longhaul", "deepspeed", "numpy", "tokenizers", "mlflow")
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if ranks.device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return found | {"hosts": ", ".join(dict.fromkeys(ranks.hosts))}
 
 
 def _on_removed(journal: Journal | None, folder: Path) -> None:

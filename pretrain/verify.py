@@ -48,19 +48,27 @@ class Verified:
         return f"{self.name}: {state}" + (f" ({', '.join(more)})" if more else "")
 
 
+Look = Callable[[int, int, str, str], None]  # done, of how many, what is done, in which unit
+
+
 def verify_run(
-    run: TrainRun, deep: bool = False, workers: int = 1, tell: Callable[[str], None] = lambda _: None
+    run: TrainRun,
+    deep: bool = False,
+    workers: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
+    look: Look = lambda *_: None,
 ) -> list[Verified]:
     """Every checkpoint of a run, newest first; not those that the run removes meanwhile.
 
-    `tell` is given a line on what `deep` found.
+    `tell` is given a line on what `deep` found; `look` is told of how far it is.
     """
     folder = run.run_folder
     found = checkpoint.all_checkpoints(folder)
     live = set(checkpoint.live_checkpoints(folder))  # after `found`: a live run may commit between the two
     archived = _archived(run)
     rows, whole = [], {}
-    for step, branch, path in found:
+    for done, (step, branch, path) in enumerate(found):
+        look(done, len(found), "verify", "checkpoints")
         committed, problems = _read(path)
         if problems and _is_gone(path):
             continue
@@ -76,7 +84,7 @@ def verify_run(
     chain = [whole[path] for path in sorted(live & whole.keys(), key=lambda path: whole[path][1].position.step)]
     for (_, before), (row, after) in pairwise(chain):
         _check_growth(row, before, after)
-    return rows + (_add_up(run, chain, workers, tell) if deep and chain else [])
+    return rows + (_add_up(run, chain, workers, tell, look) if deep and chain else [])
 
 
 def _read(path: Path) -> tuple[Committed | None, list[str]]:
@@ -144,7 +152,7 @@ class Mark:
 
 
 def _add_up(
-    run: TrainRun, chain: list[tuple[Verified, Committed]], workers: int, tell: Callable[[str], None]
+    run: TrainRun, chain: list[tuple[Verified, Committed]], workers: int, tell: Callable[[str], None], look: Look
 ) -> list[Verified]:
     """Compare each digest that was kept with the one before it plus the data between, read again.
 
@@ -154,7 +162,10 @@ def _add_up(
     marks = _marks(run.run_folder, chain)
     steps = sorted({mark.step for mark in marks})
     bounds = [course.steps.start(step) for step in steps]
-    read = dict(zip(steps, stretch_digests(course.order, course.skips, run.data, bounds, workers), strict=False))
+    digests = stretch_digests(
+        course.order, course.skips, run.data, bounds, workers, lambda done, of: look(done, of, "the data", "parts")
+    )
+    read = dict(zip(steps, digests, strict=False))
     for (_, before), (row, after) in pairwise(chain):
         first, end = before.position.step, after.position.step
         fed, problem = _sum(read, first, end)

@@ -34,6 +34,8 @@ DOORS = {
     "lm_eval": "pretrain/harness.py",
     "transformers": "pretrain/export.py",
     "submitit": "launch/slurm.py",
+    "matplotlib": "pretrain/plots.py",
+    "pynvml": "pretrain/track/system.py",
 }
 PARSERS = {int: configs.parse_int, float: configs.parse_float, bool: configs.parse_bool}
 

@@ -13,10 +13,14 @@ from pretrain.track.follower import Busy, Tracker, carry_all, cause
 from pretrain.track.journal import Journal
 from pretrain.track.mlflow import Mlflow, MlflowTracker
 from pretrain.track.process import Trackers
+from pretrain.track.system import SystemMetrics
 
 Track = Mlflow  # the second one makes it Annotated[Mlflow | Other, Field(discriminator="kind")]
 
-__all__ = ["Journal", "Mlflow", "Synced", "Track", "TrackError", "Tracker", "Trackers", "start_trackers", "sync"]
+__all__ = [
+    "Journal", "Mlflow", "Synced", "SystemMetrics", "Track", "TrackError", "Tracker", "Trackers", "measure_system",
+    "start_trackers", "sync",
+]  # fmt: skip
 
 
 class TrackError(Exception):
@@ -38,12 +42,19 @@ def start_trackers(track: Sequence[Track], run_folder: Path) -> Trackers:
     return Trackers(track, run_folder)
 
 
+def measure_system(track: Sequence[Track], run_folder: Path, branch: int, step: int) -> SystemMetrics | None:
+    """Measure this node as often as any of the trackers wants (on one rank of each node); None where none does."""
+    wanted = [config.system_every_seconds for config in track if config.system_every_seconds is not None]
+    return SystemMetrics(run_folder, branch, min(wanted), lambda: step) if wanted else None
+
+
 def sync(
     track: Sequence[Track], run_folder: Path, progress: Callable[[MlflowTracker], None] = lambda _: None
 ) -> list[Synced]:
-    """Carry all that is missing, now and in this thread: `pretrain track-sync RUN`. Raises TrackError."""
+    """Carry all that is missing, now and in this thread: `pretrain track-sync RUN`. Raises TrackError, ConfigError."""
     done = []
     for config in track:
+        config.check()
         tracker = config.build(run_folder)
         try:
             carry_all(tracker, lambda tracker=tracker: progress(tracker))  # type: ignore[misc]

@@ -140,11 +140,11 @@ class Journal:
         self._warned = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there are as many as steps
 class Record:
     """One line of the journal: what every record has, and its other fields by name."""
 
-    type: Literal["attempt", "step", "evaluation", "checkpoint", "event", "end"]
+    type: Literal["attempt", "step", "evaluation", "checkpoint", "event", "end", "system"]
     branch: int
     step: int
     time: float  # seconds since the epoch
@@ -177,15 +177,21 @@ def records_after(run_folder: Path, cursor: Cursor) -> Iterator[tuple[Record, Cu
     for branch, path in branch_files(run_folder).items():
         if branch < cursor.branch:
             continue
-        with path.open("rb") as file:
-            offset = file.seek(cursor.offset if branch == cursor.branch else 0)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # being written, or torn by a kill
-                offset += len(line)
-                record = _parse(line)
-                if record is not None:
-                    yield record, Cursor(branch, offset)
+        for record, offset in records_of(path, cursor.offset if branch == cursor.branch else 0):
+            yield record, Cursor(branch, offset)
+
+
+def records_of(path: Path, offset: int) -> Iterator[tuple[Record, int]]:
+    """Every complete record of a file behind `offset`, with the offset behind it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break  # being written, or torn by a kill
+            offset += len(line)
+            record = _parse(line)
+            if record is not None:
+                yield record, offset
 
 
 def read_journal(run_folder: Path) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """Carry a run's journal to MLflow: one MLflow run per run, kept across all its attempts.
 
-Metrics go once per (metric, step), checkpoints are LoggedModels, corpora are dataset inputs, the config is parameters.
+Metrics go once per (metric, step), checkpoints are LoggedModels with the metrics of their step, corpora are dataset
+inputs, the config is parameters. The registry's aliases `newest` and `best` follow the checkpoints that are there.
 What has been carried is noted in `RUN/track/`, but that is only a shortcut: without it everything is found again in
 MLflow itself, so a kill at any moment leaves nothing lost and nothing doubled.
 """
@@ -17,32 +18,51 @@ import os
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field
 
-from configs import Float, Section, flatten
+from configs import ConfigError, Float, Section, flatten
+from pretrain.track import mounts, source, system
 from pretrain.track.follower import Busy, cause
-from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lineage, read_journal, records_after
-from pretrain.track.mask import CREDENTIALS
+from pretrain.track.journal import (
+    Cursor,
+    Record,
+    branch_files,
+    last_steps,
+    lineage,
+    read_journal,
+    records_after,
+    records_of,
+)
+from pretrain.track.mask import CREDENTIALS, mask_text
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
     from mlflow.entities import Run as MlflowRun
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "track"
 BATCH = 900  # metrics per request; MLflow takes 1,000 entries
+MOST_EVALUATIONS = 50  # of one part: each asks for the checkpoints of its step
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 36  # characters, MLflow's limits
 IDENTITY = "longhaul.run"  # the tag by which a run is found again
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
+
+VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
+MODEL = "longhaul.model_id"  # the tag of a registered version
+NEWEST = "newest"  # the alias; MLflow keeps `latest` for the highest version, which a restart may have superseded
+GOODPUT_SHARE = 0.02  # of its time that a follower reckons the goodput at most: that reads all of the journal
 
 SHOWN_EVENTS = ("rollback", "gave_up", "weights_differ", "hang")  # as tags of the run, of retired branches too
 
@@ -81,10 +101,23 @@ class Mlflow(Section):
     artifact_location: str | None = None  # of a new experiment; default: beside the database, or what the server says
     every_seconds: Annotated[Float, Field(gt=0)] = 5.0  # how often the journal is looked at
     close_seconds: Annotated[Float, Field(ge=0)] = 20.0  # how long the end of a run waits for what is not yet carried
+    system_every_seconds: Annotated[Float, Field(gt=0)] | None = 10.0  # how often each node is measured
+    register_as: Annotated[str, Field(min_length=1, pattern=r"^[^/:@'\"]+$")] | None = None  # a model of the registry
+    best_by: str | None = None  # e.g. validation/wikipedia/loss; default: the mean of the validation losses
 
     def build(self, run_folder: Path) -> MlflowTracker:
         """The tracker of one run. Nothing is imported, opened or connected before there is something to carry."""
         return MlflowTracker(self, run_folder)
+
+    def check(self) -> None:
+        """Raise ConfigError where the database lies on a network file system, on which sqlite loses what it holds."""
+        if self.database is None or (kind := mounts.network(self.database)) is None:
+            return
+        raise ConfigError(
+            f"track.uri: {self.uri}: lies on a network file system ({kind}), whose locks sqlite cannot rely on; give a "
+            f"file on a local disk, or run `mlflow server --backend-store-uri sqlite:////LOCAL/DISK/mlflow.db --host "
+            f"HOST` and give uri: http://HOST:5000"
+        )
 
     @property
     def database(self) -> Path | None:
@@ -111,6 +144,7 @@ class State(BaseModel):
     run_id: str | None = None
     cursor: tuple[int, int] = Cursor()
     marks: dict[str, int] = {}  # metric -> last step carried
+    system: dict[str, int] = {}  # file of system metrics -> bytes carried
 
 
 class MlflowTracker:
@@ -127,16 +161,29 @@ class MlflowTracker:
         self._state_file = run_folder / FOLDER / f"mlflow-{place}.json"
         self._branches: dict[int, tuple[int | None, int]] = {}  # the lineage, as known so far
         self._session: _Session | None = None
+        self._reckoned = (-math.inf, 0.0)  # the goodput: when, and how long that took
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes of the journal that have been carried, and all there are."""
+        state = self._read_state()
+        sizes = {branch: path.stat().st_size for branch, path in branch_files(self._run_folder).items()}
+        before = sum(size for branch, size in sizes.items() if branch < state.cursor[0])
+        return before + state.cursor[1], sum(sizes.values())
 
     def carry(self) -> bool:
         """Carry the next part of the journal, at most one request of metrics or one event. Whether there was one."""
         with self._lock():
             state = self._read_state()
-            if next(records_after(self._run_folder, Cursor(*state.cursor)), None) is None:
+            journal = next(records_after(self._run_folder, Cursor(*state.cursor)), None) is not None
+            if not journal and (state.run_id is None or not self._system_files(state)):
                 return False
             try:
                 self._session = self._session or _Session.open(self.config, self._run_folder, state)
-                self._carry_part(self._session, state)
+                if journal:
+                    self._carry_part(self._session, state)
+                else:
+                    self._carry_system(self._session, state)
             except Exception:
                 self._session = None  # what MLflow has is asked again
                 raise
@@ -147,20 +194,68 @@ class MlflowTracker:
         last = self._last_steps()
         marks = {k: max(session.marks.get(k, -1), state.marks.get(k, -1)) for k in session.marks.keys() | state.marks}
         points: list[Point] = []
+        evaluations: list[tuple[Record, Metric | None]] = []
+        loss = session.newest.get("loss")
         for record, cursor in records_after(self._run_folder, Cursor(*state.cursor)):
             live = record.step <= last.get(record.branch, -math.inf)
             measured = record.type in ("step", "evaluation")
             if measured and live:
-                points += _new_points(record, marks)
-            elif points and not measured:
+                new = _new_points(record, marks)
+                points += new
+                loss = next((_metric(key, value, record) for key, value, _ in new if key == "loss"), loss)
+                if record.type == "evaluation":
+                    evaluations.append((record, loss if loss is not None and loss.step <= record.step else None))
+            elif (points or evaluations) and not measured:
                 break  # first what came before this event
             elif not measured:
                 self.checkpoints += session.event(record, live) and record.type == "checkpoint"
+                if live and record.fields.get("status") == "ready":
+                    points += _new_points(replace(record, fields={"metrics": self._goodput()}), marks)
             state.cursor = cursor
-            if len(points) >= BATCH or not measured:
+            if len(points) >= BATCH or len(evaluations) >= MOST_EVALUATIONS or not measured:
                 break
         self.metrics += session.log(points)
+        logged = {(key, record.step) for key, _, record in points}
+        for evaluation, loss_then in evaluations:
+            session.link(evaluation, loss_then, logged)
         state.marks = session.marks = marks
+
+    def _carry_system(self, session: _Session, state: State) -> None:
+        """The next part of what the nodes measured, at most one request."""
+        last = self._last_steps()
+        marks, points = dict(session.marks), list[Point]()
+        for path, offset in self._system_files(state).items():
+            host = path.name.partition(".")[2].removesuffix(".jsonl")
+            for record, after in records_of(path, offset):
+                if record.step <= last.get(record.branch, -math.inf):
+                    metrics = {f"system/{host}/{name}": value for name, value in record.metrics.items()}
+                    points += _new_points(replace(record, fields={"metrics": metrics}), marks)
+                state.system[path.name] = after
+                if len(points) >= BATCH - 100:
+                    break
+            if len(points) >= BATCH - 100:
+                break
+        session.log(points)
+        session.marks = marks
+        state.marks |= {key: step for key, step in marks.items() if key.startswith("system/")}
+
+    def _system_files(self, state: State) -> dict[Path, int]:
+        """The files that have more than was carried, and how much of each was."""
+        found = sorted((self._run_folder / system.FOLDER).glob("*.jsonl"))
+        sizes = {path: state.system.get(path.name, 0) for path in found}
+        return {path: at for path, at in sizes.items() if next(records_of(path, at), None) is not None}
+
+    def _goodput(self) -> dict[str, float]:
+        """The share of the time so far that went into steps that count; nothing where reckoning it takes too long."""
+        from pretrain.goodput import account  # imports the journal, which this package holds
+
+        at, took = self._reckoned
+        begun = time.monotonic()
+        if took > GOODPUT_SHARE * (begun - at):
+            return {}
+        goodput = account(read_journal(self._run_folder), self._branches).goodput
+        self._reckoned = (time.monotonic(), time.monotonic() - begun)
+        return {} if goodput is None else {"goodput": goodput}
 
     def _last_steps(self) -> dict[int, float]:
         if branch_files(self._run_folder).keys() - self._branches.keys():
@@ -197,11 +292,14 @@ class MlflowTracker:
 class _Session:
     """A connection to MLflow in which the run is known to exist and to be active."""
 
-    def __init__(self, client: MlflowClient, run: MlflowRun) -> None:
-        self.client = client
+    def __init__(self, client: MlflowClient, run: MlflowRun, config: Mlflow, run_folder: Path) -> None:
+        from mlflow.entities import Metric
+
+        self.client, self.config, self.run_folder = client, config, run_folder
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
-        self.marks = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        self.newest = {m.key: Metric(m.key, m.value, m.timestamp, m.step) for m in run.data.to_proto().metrics}
+        self.marks = {key: metric.step for key, metric in self.newest.items()}
         self._tags: dict[str, str] = dict(run.data.tags)
         self._refused: set[str] = set()
 
@@ -215,23 +313,64 @@ class _Session:
             run = _find_or_create_run(client, experiment_id, run_folder)
         _restore(client, run, config)
         state.run_id, state.experiment_id = run.info.run_id, run.info.experiment_id
-        return cls(client, run)
+        return cls(client, run, config, run_folder)
 
     def log(self, points: list[Point]) -> int:
         """Log metrics. One that is not finite is a gap in the curve (NaN), and its first one a tag."""
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
         metrics: list[Metric] = []
         tags: dict[str, str] = {}
         for key, value, record in points:
             if not math.isfinite(value) and f"nonfinite.{key}" not in self._tags:
                 tags.setdefault(f"nonfinite.{key}", f"{value} at step {record.step}, the first")
-            number = value if math.isfinite(value) else math.nan
-            metrics.append(Metric(key, number, round(record.time * 1000), record.step))
+            metrics.append(_metric(key, value if math.isfinite(value) else math.nan, record))
         if metrics:
             self._log_batch(metrics, [RunTag(key, value) for key, value in tags.items()])
             self._tags |= tags
+            self.newest |= {metric.key: metric for metric in metrics}
         return len(metrics)
+
+    def link(self, evaluation: Record, loss: Metric | None, logged: set[tuple[str, int]]) -> None:
+        """Give the checkpoints of an evaluation's step its metrics, and the training loss that was newest then.
+
+        `logged` are the points (metric, step) that have just gone to the run. Of others the run's own is taken, so that
+        what is linked is never a second point of a curve.
+        """
+        step = evaluation.step
+        models = [m for m in self._models(f"params.step = '{step}'") if m.tags.get(STATE) in ("pending", "ready")]
+        if not models:
+            return
+        points = [] if loss is None else [loss]
+        known = set.intersection(*({metric.key for metric in model.metrics or []} for model in models))
+        for name, value in evaluation.metrics.items():
+            if (key := _name(name)) in known:
+                continue
+            if (key, step) in logged:
+                points.append(_metric(key, value, evaluation))
+            else:
+                points += [m for m in self.client.get_metric_history(self.run_id, key) if m.step == step][:1]
+        if sum([self._give(model, points) for model in models]):
+            self._set_aliases()
+
+    def _give(self, model: LoggedModel, points: list[Metric]) -> bool:
+        """Give a checkpoint the metrics of the run that it has not. Whether there were any."""
+        from mlflow.entities import Metric
+
+        known = {metric.key for metric in model.metrics or []}
+        wanted = [m for m in points if m.key not in known and math.isfinite(m.value)]
+        if wanted:
+            linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id) for m in wanted]
+            self.client.log_batch(self.run_id, metrics=linked)  # the run has them: an equal point is one point
+        return bool(wanted)
+
+    def _at(self, step: int) -> list[Metric]:
+        """The run's newest points, those at a step, and the newest training loss not after it."""
+        return [
+            metric
+            for key, metric in self.newest.items()
+            if not key.startswith("system/") and (metric.step == step or (key == "loss" and metric.step < step))
+        ]
 
     def _log_batch(self, metrics: list[Metric], tags: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
@@ -291,6 +430,8 @@ class _Session:
             if key in known and known[key] != value
         }
         facts = {"branch": record.branch, **record.fields}
+        if "commit" in record.fields:
+            tags["mlflow.source.git.commit"] = str(record.fields["commit"])
         tags |= {f"longhaul.{key}": str(v) for key, v in facts.items() if isinstance(v, str | int | float | bool)}
         self.client.log_batch(
             self.run_id,
@@ -302,6 +443,20 @@ class _Session:
         self._inputs(record.fields.get("datasets") or [])
         if config:
             self._artifact("run.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        diff = self.run_folder / source.FOLDER / f"{record.branch}.diff"
+        if diff.is_file():
+            self._artifact(f"code/b{record.branch}.diff", diff.read_text(encoding="utf-8", errors="replace"))
+        if record.fields.get("parent") is None:
+            self._cards(record.fields.get("datasets") or [])
+
+    def _cards(self, datasets: list[dict[str, Any]]) -> None:
+        """The data cards of the corpora, where they can be read from here."""
+        for dataset in datasets:
+            for suffix in ("html", "json"):
+                card = Path(str(dataset["source"])).parent / f"card.{suffix}"
+                if card.is_file():
+                    text = mask_text(card.read_text(encoding="utf-8", errors="replace"))
+                    self._artifact(f"corpora/{_name(str(dataset['name']))}/card.{suffix}", text)
 
     def _inputs(self, datasets: list[dict[str, Any]]) -> None:
         """Corpora: name, source (where it lies) and digest (hash of its manifest). One already there is not doubled."""
@@ -334,11 +489,16 @@ class _Session:
                 elif int(model.params["step"]) > attempt.step:
                     tags = {STATE: "superseded", "longhaul.superseded_by": f"b{attempt.branch}"}
                     self.client.set_logged_model_tags(model.model_id, tags)
+        self._set_aliases()
 
     def _artifact(self, name: str, text: str) -> None:
-        """Store a small text. An artifact store that is not reachable from here does not hold up the metrics."""
+        """Store a small text."""
+        self._store(lambda: self.client.log_text(self.run_id, text, name), name)
+
+    def _store(self, upload: Callable[[], object], name: str) -> None:
+        """Upload. An artifact store that is not reachable from here does not hold up the metrics."""
         try:
-            self.client.log_text(self.run_id, text, name)
+            upload()
         except Exception as error:
             self.client.get_run(self.run_id)  # raises where it is MLflow that is away, and then all is tried again
             logger.warning("MLflow has no %s: its artifact store cannot be written from here: %s", name, cause(error))
@@ -366,13 +526,90 @@ class _Session:
             outputs = self.client.get_run(self.run_id).outputs
             if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record.step)])
+            self._manifest(model, Path(path))
             self.client.finalize_logged_model(model.model_id, "READY")
             self.client.set_logged_model_tags(model.model_id, {STATE: "ready"})
+            self._give(model, self._at(record.step))
+            self._set_aliases()
         elif status == "failed" and state == "pending":
             self._fail(model)
         elif status == "removed":
             self.client.set_logged_model_tags(model.model_id, {STATE: "removed"})
+            self._set_aliases()
         return True
+
+    def _manifest(self, model: LoggedModel, folder: Path) -> None:
+        """Give a checkpoint its manifest as an artifact; the tensors stay where they are."""
+        if (folder / "MANIFEST.json").is_file():
+            self._store(
+                lambda: self.client.log_model_artifact(model.model_id, str(folder / "MANIFEST.json")), "manifest"
+            )
+
+    def _set_aliases(self) -> None:
+        """`newest` and `best` name the newest and the best checkpoint there are; another run's better one stays."""
+        if self.config.register_as is None:
+            return
+        ready = self._models(f"tags.`{STATE}` = 'ready'")
+        if not ready:
+            return
+        name = self.config.register_as
+        latest = max(ready, key=lambda model: (int(model.params["step"]), int(model.params["branch"])))
+        self._alias(name, NEWEST, latest)
+        measured = [(loss, model) for model in ready if (loss := self._measure(model)) is not None]
+        if not measured:
+            return
+        loss, best = min(measured, key=lambda pair: pair[0])
+        other = self._holder(name, "best")
+        if other is not None and other.source_run_id != self.run_id and other.tags.get(STATE) == "ready":
+            theirs = self._measure(other)
+            if theirs is not None and theirs <= loss:
+                return
+        self._alias(name, "best", best)
+
+    def _measure(self, model: LoggedModel) -> float | None:
+        """What checkpoints are compared by, the less the better; None where it was not measured."""
+        values = {metric.key: metric.value for metric in model.metrics or []}
+        if self.config.best_by is not None:
+            return values.get(_name(self.config.best_by))
+        losses = [value for key, value in values.items() if key.startswith("validation/") and key.endswith("/loss")]
+        return sum(losses) / len(losses) if losses else None
+
+    def _holder(self, name: str, alias: str) -> LoggedModel | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client.get_model_version_by_alias(name, alias)
+            return self.client.get_logged_model(_model_id(version))
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _alias(self, name: str, alias: str, model: LoggedModel) -> None:
+        holder = self._holder(name, alias)
+        if holder is None or holder.model_id != model.model_id:
+            self.client.set_registered_model_alias(name, alias, self._version(name, model))
+
+    def _version(self, name: str, model: LoggedModel) -> str:
+        """The version of the registered model that a checkpoint is, made where it is none yet."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in self.client.search_model_versions(f"name = '{name}'", max_results=1000):
+            if _model_id(version) == model.model_id:
+                return str(version.version)
+        tags = {MODEL: model.model_id, **{key: model.params[key] for key in ("step", "branch", "path")}}
+        made = self.client.create_model_version(
+            name, model.artifact_location, run_id=self.run_id, tags=tags, model_id=model.model_id, await_creation_for=0
+        )
+        known = json.loads(model.tags.get(VERSIONS, "[]"))
+        known.append({"name": name, "version": int(made.version)})
+        self.client.set_logged_model_tags(model.model_id, {VERSIONS: json.dumps(known)})
+        return str(made.version)
 
     def _create_model(self, name: str, path: str, record: Record) -> LoggedModel:
         return self.client.create_logged_model(
@@ -444,12 +681,18 @@ def _version_s_model(client: MlflowClient, rest: str) -> str:
     """The id of the logged model that NAME@alias or NAME/VERSION stands for."""
     model, at, alias = rest.rpartition("@")
     if at:
+        alias = NEWEST if alias == "latest" else alias
         version = client.get_model_version_by_alias(model, alias)
     elif (parts := rest.rpartition("/"))[1]:
         version = client.get_model_version(parts[0], parts[2])
     else:
         raise LookupError("expected models:/NAME@alias or models:/NAME/VERSION")
-    return str(version.model_id or str(version.source).removeprefix("models:/"))
+    return _model_id(version)
+
+
+def _model_id(version: ModelVersion) -> str:
+    """The id of the logged model that a version is; MLflow's database does not keep it, so a tag of ours does."""
+    return str(version.model_id or version.tags.get(MODEL) or str(version.source).removeprefix("models:/"))
 
 
 def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:
@@ -464,7 +707,7 @@ def _known_run(client: MlflowClient, state: State) -> MlflowRun | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
     logger.warning("MLflow at %s has no run %s any more: all of it is carried to a new one", state.uri, state.run_id)
-    state.run_id, state.cursor, state.marks = None, Cursor(), {}
+    state.run_id, state.cursor, state.marks, state.system = None, Cursor(), {}, {}
     return None
 
 
@@ -524,6 +767,12 @@ def _new_points(record: Record, marks: dict[str, int]) -> list[Point]:
             marks[key] = record.step
             points.append((key, value, record))
     return points
+
+
+def _metric(key: str, value: float, record: Record) -> Metric:
+    from mlflow.entities import Metric
+
+    return Metric(key, value, round(record.time * 1000), record.step)
 
 
 def _name(key: str) -> str:

@@ -79,11 +79,16 @@ def on_database(database: Path, request: pytest.FixtureRequest) -> Place:
 
 
 class Line:
-    """The way to a server. It can be down (connections are refused), or lose the answers of requests that were done."""
+    """The way to a server. It can be down (connections are refused), lose the answers of requests that were done,
+    answer in the server's place, or break at the n-th request."""
 
     def __init__(self, target: int) -> None:
         self.port = free_port()
         self.lose_answers = 0  # this many of the next answers to `log-batch` never arrive
+        self.answers: list[int] = []  # HTTP codes of the next requests, which never reach the server
+        self.delay_s = 0.0  # before each answer
+        self.break_at: int | None = None  # this request and all later ones are cut off, until it is None again
+        self.requests = 0
         self._target = target
         self._listener: socket.socket | None = None
         self._clients: list[socket.socket] = []
@@ -113,8 +118,16 @@ class Line:
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self._target)) as server:
             while request := _message(client):
+                self.requests += 1
+                if self.break_at is not None and self.requests >= self.break_at:
+                    return
+                if self.answers:
+                    code = self.answers.pop(0)
+                    client.sendall(b"HTTP/1.1 %d Fault\r\nContent-Length: 5\r\n\r\nfault" % code)
+                    continue
                 server.sendall(request)
                 answer = _message(server)
+                time.sleep(self.delay_s)
                 if b"/runs/log-batch" in request.split(b"\r\n", 1)[0] and self.lose_answers:
                     self.lose_answers -= 1
                     return
