@@ -203,9 +203,16 @@ def blocks(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
 
 def prepare_energon(source: Path, folder: Path) -> None:
     write_tars(source, folder)
-    energon = Path(sys.executable).parent / "energon"
-    command = [energon, "prepare", "--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-    subprocess.run([*command, "--no-progress", folder], check=True, stdout=sys.stderr)
+    command = [
+        str(Path(sys.executable).parent / "energon"),
+        "prepare",
+        "--non-interactive",
+        "--split-ratio",
+        "1,0,0",
+        "--sample-type",
+        "CrudeWebdataset",
+    ]
+    subprocess.run([*command, "--no-progress", str(folder)], check=True, stdout=sys.stderr)
 
 
 def energon(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
@@ -221,12 +228,12 @@ def energon(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
         stateless,
     )
 
-    @stateless
+    @stateless  # type: ignore[untyped-decorator]
     def cook(sample: dict[str, Any]) -> dict[str, Any]:
         tokens = sample["npy"]
         return {**basic_sample_keys(sample), "tokens": torch.as_tensor(np.asarray(tokens).astype(np.int64))}
 
-    class Encoder(DefaultTaskEncoder):  # type: ignore[misc,type-arg]
+    class Encoder(DefaultTaskEncoder):  # type: ignore[misc]
         decoder = SampleDecoder()
         cookers = (Cooker(cook),)
 
@@ -521,7 +528,7 @@ def table(found: dict[str, dict[str, Any]], latency_s: float) -> str:
     mine = found["ours"]
 
     def warm(side: dict[str, Any], key: str) -> float:
-        return statistics.median(each[key] for each in side["warm"])
+        return float(statistics.median(each[key] for each in side["warm"]))
 
     if any("warm" in side for side in found.values()):
         lines += [

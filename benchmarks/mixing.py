@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -149,6 +150,14 @@ def predicted(name: str, h_d: float, each: int) -> list[float]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def alone() -> Any:
+    """This process as the only rank; there is one process group in a process."""
+    from pretrain.ranks import Ranks
+
+    return Ranks.join()
+
+
 def held_out(work: Path, name: str, seed: int, steps: int) -> float:
     """Loss on held-out pieces after `steps` steps; the model's first values are those of the seed."""
     import torch
@@ -158,14 +167,13 @@ def held_out(work: Path, name: str, seed: int, steps: int) -> float:
     from pretrain.models.weights import initialize
     from pretrain.objectives import NextToken
     from pretrain.optim import AdamW
-    from pretrain.ranks import Ranks
 
     torch.set_num_threads(1)
     shape = {"layers": 2, "width": 64, "heads": 2, "context": LENGTH, "vocab_size": VOCABULARY}
     model = build(Gpt, shape, "benchmark").build()
     initialize(model, seed)
     optim, objective = AdamW(lr_peak=3e-3), NextToken()
-    engine = Torch(precision="fp32").build(model, optim, Ranks.join())
+    engine = Torch(precision="fp32").build(model, optim, alone())
     stream, _ = stream_of(work, name, seed)
     warm = steps // 20
     for batch in stream.batches(0, steps):

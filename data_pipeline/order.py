@@ -537,6 +537,6 @@ def digest(samples: Ints, tokens: npt.NDArray[Any]) -> int:
     rows = np.empty((len(samples), tokens.shape[1] + 2), "<u4")
     rows[:, :2] = np.ascontiguousarray(samples, "<i8").view("<u4").reshape(-1, 2)
     rows[:, 2:] = tokens
-    data, size = memoryview(rows.reshape(-1).view(np.uint8)), 4 * rows.shape[1]
+    data, size = rows.reshape(-1).view(np.uint8).data, 4 * rows.shape[1]
     each = (xxhash.xxh3_128_intdigest(data[at : at + size]) for at in range(0, len(data), size))
     return sum(each) % 2**128

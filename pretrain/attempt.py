@@ -231,7 +231,7 @@ class Attempt:
         try:
             scores = task_scores(
                 self.engine.module, run_tokenizer(self.run), self.run.model.context, settings.tasks, settings.shots,
-                self.ranks, self.run.micro_batch_seqs, self._before_batch,
+                self.ranks, self.run.micro_batch_rows, self._before_batch,
             )  # fmt: skip
         except Abandoned:
             self._say("evaluation of tasks left unfinished: asked to stop")

@@ -120,7 +120,8 @@ class _Examiner:
 
     def measure(self, committed: Committed) -> Evaluated:
         """Measure what the model is filled with; rank 0 writes it down."""
-        run, ranks, batch = self.run, self.ranks, self.asked.batch or self.run.micro_batch_seqs
+        run, ranks = self.run, self.ranks
+        batch = self.asked.batch or (1 if run.micro_batch_seqs == "fit" else run.micro_batch_seqs)
         title, shown = f"evaluate {committed.folder.name}", _Shown(ranks.rank == 0)
         total = -(-sum(len(v.rows) for v in self.corpora.values()) // (batch * ranks.size))
         losses = validation_losses(
@@ -130,7 +131,6 @@ class _Examiner:
             self.model, self.tokenizer, run.model.context, self.asked.files, self.asked.shots, ranks, batch,
             show=lambda what, done, total: shown(f"{title}: {what}", done, total),
         ) if self.asked.tasks else []  # fmt: skip
-        shown.end()
         corpora = {
             name: Corpus(losses[f"validation/{name}/loss"], losses[f"validation/{name}/perplexity"], validation.tokens)
             for name, validation in self.corpora.items()

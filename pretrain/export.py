@@ -237,7 +237,8 @@ def compare(folder: Path, ours: GPT, length: int) -> float:
         raise ConfigError(
             "--check needs transformers, which is not installed: pip install 'longhaul[evaluate]'"
         ) from None
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.train(False)
     generator = torch.Generator().manual_seed(1)
     largest = 0.0
     for _ in range(ROWS):

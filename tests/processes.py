@@ -39,14 +39,17 @@ class RankProcess:
 
     def poll(self) -> int | None:
         """Its exit code, below 0 where a signal ended it; None while it runs."""
-        return self._process.exitcode
+        code: int | None = self._process.exitcode
+        if code == 255:
+            raise RuntimeError(f"the server of ranks has ended: {_fate_of_server()}")
+        return code
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code. Raises subprocess.TimeoutExpired."""
         self._process.join(timeout)
-        if self._process.exitcode is None:
+        if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout or 0.0)
-        return self._process.exitcode
+        return code
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
@@ -114,6 +117,15 @@ def _context() -> Any:
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
+
+
+def _fate_of_server() -> str:
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    pid = server._forkserver_pid
+    try:
+        return f"pid {pid}, {os.waitpid(pid, os.WNOHANG)}, alive pipe {os.fstat(server._forkserver_alive_fd)}"
+    except OSError as error:
+        return f"pid {pid}, {error}"
 
 
 def _enter(variables: dict[str, str], log: Path | None, function: Callable[..., Any], arguments: Any) -> None:
