@@ -322,12 +322,13 @@ class _OpenBlocks:
         self, shards: Sequence[Shards], capacity: int, fetch_threads: int = 1, prefetch_blocks: int | None = None
     ) -> None:
         self.shards, self.capacity, self.fetch_threads = shards, capacity, fetch_threads
-        self.depth = min(prefetch_blocks or capacity // 2, capacity // 2)  # what is fetched is not to push itself out
+        self.depth = min(prefetch_blocks or capacity // 2, capacity // 2)  # the rest is for those in use
         self.remote = [each.files.is_far for each in shards]
         self.blocks: OrderedDict[tuple[int, int], Tokens | Future[Tokens]] = OrderedDict()
         self.documents: OrderedDict[tuple[int, int], npt.NDArray[np.int64]] = OrderedDict()
-        self.unread: set[tuple[int, int]] = set()  # fetched ahead, or about to be
+        self.fetched: dict[tuple[int, int], Tokens | Future[Tokens]] = {}  # ahead, not read yet: not to be pushed out
         self.steps: Iterator[list[tuple[int, int]]] = iter(())
+        self.wanted: deque[tuple[int, int]] = deque()  # of the step that is looked at
         self.fetchers: ThreadPoolExecutor | None = None
         self.lock = threading.Lock()
 
@@ -335,11 +336,13 @@ class _OpenBlocks:
         """The token ids of a block. Raises ShardError; CancelledError where the reading has ended meanwhile."""
         key = (pool, block)
         with self.lock:
-            ids = self.blocks.pop(key, None)
+            ids = self.fetched.pop(key, None)
+            if ids is None:
+                ids = self.blocks.pop(key, None)
             if ids is None:
                 ids = self._begin(key)
-            self._put(key, ids)
-            self.unread.discard(key)
+            self._make_room()
+            self.blocks[key] = ids
             if self.fetchers is not None:
                 self._go_ahead()
         if isinstance(ids, Future):
@@ -360,7 +363,8 @@ class _OpenBlocks:
         finally:
             with self.lock:
                 fetchers, self.fetchers, self.steps = self.fetchers, None, iter(())
-                self.unread.clear()
+                self.fetched.clear()
+                self.wanted.clear()
                 for key in [key for key, ids in self.blocks.items() if isinstance(ids, Future) and not ids.done()]:
                     del self.blocks[key]
             fetchers.shutdown(wait=False, cancel_futures=True)  # a server that does not answer holds up no end
@@ -372,20 +376,21 @@ class _OpenBlocks:
             return self.fetchers.submit(self.shards[pool].read, block)
         return self.shards[pool].read(block)
 
-    def _put(self, key: tuple[int, int], ids: Tokens | Future[Tokens]) -> None:
-        while len(self.blocks) >= self.capacity:
-            self.unread.discard(self.blocks.popitem(last=False)[0])
-        self.blocks[key] = ids
+    def _make_room(self) -> None:
+        while self.blocks and len(self.blocks) + len(self.fetched) >= self.capacity:
+            self.blocks.popitem(last=False)
 
     def _go_ahead(self) -> None:
         """Order what the next steps need. Few steps at a time, for it holds up the readers."""
         for _ in range(LOOK_AHEAD_STEPS):
-            if len(self.unread) >= self.depth or (keys := next(self.steps, None)) is None:
+            while self.wanted and len(self.fetched) < self.depth:
+                key = self.wanted.popleft()
+                if self.remote[key[0]] and key not in self.blocks and key not in self.fetched:
+                    self._make_room()
+                    self.fetched[key] = self._begin(key)
+            if self.wanted:
                 return
-            for key in keys:
-                if self.remote[key[0]] and key not in self.blocks:
-                    self._put(key, self._begin(key))
-                    self.unread.add(key)
+            self.wanted.extend(next(self.steps, ()))
 
     def _result(self, key: tuple[int, int], promise: Future[Tokens]) -> Tokens:
         while wait([promise], timeout=1.0).not_done:

@@ -91,6 +91,8 @@ def test_batches_from_a_web_server_are_those_from_disk(
 ) -> None:
     expected = read(data_of(corpus))
     assert same(read(data_of(f"{server.address}/a", **more)), expected)
+    blocks = block_requests(server)
+    assert len(blocks) == len(set(blocks))  # what was fetched ahead has pushed nothing out that was needed
     server.requests.clear()
     assert same(read(data_of(f"{server.address}/a", **more, **cached(tmp_path))), expected)
     blocks = block_requests(server)
@@ -188,6 +190,7 @@ def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
     for path in server.files:
         server.faults[path] = ["stall*"]
     stream.open_blocks.blocks.clear()
+    stream.open_blocks.fetched.clear()
     time.sleep(0.1)
     begun = time.monotonic()
     batches.close()  # type: ignore[attr-defined]
