@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -75,14 +76,15 @@ def banded(q: Tensor, k: Tensor, v: Tensor, band: int, dropout: float = 0.0) -> 
     length = q.size(-2)
     blocks = -(-length // band)
     padding = (0, 0, 0, blocks * band - length)
-    q, k, v = (F.pad(x, padding).unflatten(-2, (blocks, band)) for x in (q, k, v))  # [B, H, N, W, D]
+    q, k, v = (F.pad(x, padding).reshape(*x.shape[:2], blocks, band, -1) for x in (q, k, v))  # [B, H, N, W, D]
     first = dense(q[:, :, 0], k[:, :, 0], v[:, :, 0], dropout)  # no block before it
     if blocks == 1:
         return first[:, :, :length]
     k, v = (torch.cat([x[:, :, :-1], x[:, :, 1:]], dim=-2).flatten(1, 2) for x in (k, v))  # [B, H (N - 1), 2 W, D]
     mask = torch.ones(band, 2 * band, dtype=torch.bool, device=q.device).tril(band).triu(1)
     rest = F.scaled_dot_product_attention(q[:, :, 1:].flatten(1, 2), k, v, attn_mask=mask, dropout_p=dropout)
-    return torch.cat([first, rest.unflatten(1, (-1, blocks - 1)).flatten(2, 3)], dim=-2)[:, :, :length]
+    rest = rest.reshape(*first.shape[:2], -1, first.size(-1))  # [B, H, (N - 1) W, D]
+    return torch.cat([first, rest], dim=-2)[:, :, :length]
 
 
 def _after_past(q: Tensor, k: Tensor, v: Tensor, band: int | None, dropout: float) -> Tensor:
@@ -96,19 +98,17 @@ def _after_past(q: Tensor, k: Tensor, v: Tensor, band: int | None, dropout: floa
 
 # Left out of compiled models, since its shapes are the documents', other ones in every batch. torch.compiler.disable
 # does the same and imports the compiler at once, for 2 s of every start.
-_uncompiled = torch._disable_dynamo
-
-
-@_uncompiled
+@_disable_dynamo
 def _within_documents(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], band: int | None, dropout: float
 ) -> Tensor:
     """Each document by itself, all rows laid end to end."""
     batch = q.size(0)
-    pieces = (x.transpose(0, 1).flatten(1, 2).split(list(lengths), dim=1) for x in (q, k, v))  # [H, L, D] each
+    pieces = (torch.split(x.transpose(0, 1).flatten(1, 2), list(lengths), dim=1) for x in (q, k, v))  # [H, L, D] each
     one = Seen(band)
     done = [attend(q_[None], k_[None], v_[None], one, dropout)[0] for q_, k_, v_ in zip(*pieces, strict=True)]
-    return torch.cat(done, dim=1).unflatten(1, (batch, -1)).transpose(0, 1)
+    joined = torch.cat(done, dim=1)  # [H, B T, D]
+    return joined.reshape(joined.size(0), batch, -1, joined.size(-1)).transpose(0, 1)
 
 
 def _flexible(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
@@ -167,7 +167,7 @@ class Past:
         return k, v
 
 
-@_uncompiled
+@_disable_dynamo
 def document_lengths(documents: Tensor) -> tuple[int, ...]:
     """The tokens of each document of int [B, T] document numbers, over all rows laid end to end."""
     ends = torch.ones_like(documents, dtype=torch.bool)
