@@ -68,7 +68,7 @@ def test_a_new_run_begins_from_the_best_checkpoint(config: Path) -> None:
     model = new.model.build()
     give_first_values(model, new, parent)
     weights = dict(checkpoint.read_weights(checkpoint.open_checkpoint(best)))
-    assert weights and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert weights and all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
 
 
 def test_a_secret_of_the_environment_is_nowhere(config: Path) -> None:
