@@ -268,7 +268,7 @@ def remedy(run: TrainRun, rows: int, memory: Memory) -> str:
     for_batch = memory.activations + memory.logits
     if rows > 1 and for_batch > memory.total / 4:
         fewer = max(1, rows // 2)
-        return f"micro_batch_seqs={fewer} (now {rows}), or fit; the loss stays as it is"
+        return f"micro_batch_seqs={fewer} (now {rows}); the loss stays as it is"
     if for_batch > memory.total / 4 and memory.logits > memory.activations and run.engine.loss != "chunked":
         return "engine.loss=chunked, which holds the logits of few tokens at a time"
     if for_batch > memory.total / 4 and run.engine.recompute != "full":

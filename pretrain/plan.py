@@ -493,7 +493,8 @@ def show(plan: Plan, console: Console) -> None:
         _say(console, f"\n{plan.hardware.gpu} x {ranks}: {plan.reason}. What comes nearest:")
     _say(console, f"\nmemory of one rank of {ranks}, GiB of {plan.hardware.memory / GIB:,.1f}")
     console.print(_memory_table(plan))
-    _say(console, f"advised: {plan.advised.settings}\n         {plan.reason}")
+    if plan.advised.micro_batch_seqs:
+        _say(console, f"advised: {plan.advised.settings}\n         {plan.reason}")
     _say(console, "\nexpected, each with what is best there (estimates: see the sources)")
     console.print(_expected_table(plan))
     for source in dict.fromkeys(f"{each.hardware}: {each.source}" for each in plan.expected):

@@ -111,7 +111,7 @@ def test_none_fits_where_the_states_alone_are_too_much() -> None:
 @pytest.mark.parametrize(
     ("changes", "rows", "said"),
     [
-        ({}, 8, "micro_batch_seqs=4 (now 8), or fit; the loss stays as it is"),
+        ({}, 8, "micro_batch_seqs=4 (now 8); the loss stays as it is"),
         ({"vocab_size": 50257}, 1, "engine.loss=chunked, which holds the logits of few tokens at a time"),
         ({"layers": 64}, 1, "engine.recompute=selective, which keeps fewer activations and computes them again"),
         (

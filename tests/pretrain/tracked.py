@@ -49,6 +49,7 @@ def zero_peaks(alone: Ranks, gpt: Gpt, engines: list[DeepSpeed], rows: int, leng
     dist.destroy_process_group()
     os.environ["WORLD_SIZE"] = "8"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
+    alone.cpu = dist.group.WORLD
     whole = DeepSpeed._zero_config
     DeepSpeed._zero_config = lambda self: whole(self) | {"reduce_bucket_size": bucket}  # type: ignore[method-assign]
     return [_peak(gpt, engine, rows, length, ranks=8) for engine in engines]
