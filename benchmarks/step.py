@@ -99,7 +99,7 @@ def bare(model: nn.Module, loss_of: Callable[[Batch], Tensor], fed: list[Batch])
 
     def step() -> None:
         for batch in fed:
-            (loss_of(batch) / len(fed)).backward()  # type: ignore[no-untyped-call]
+            (loss_of(batch) / len(fed)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -238,7 +238,7 @@ def ddp(gpt: Gpt, ranks: Ranks, fed: list[Batch]) -> Step:
         for i, batch in enumerate(fed):
             with model.no_sync() if i + 1 < len(fed) else contextlib.nullcontext():
                 loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten())
-                (loss / len(fed)).backward()  # type: ignore[no-untyped-call]
+                (loss / len(fed)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -311,7 +311,7 @@ def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
     It depends on parameters and micro-batches, hardly on tokens; so these are few, that the rest may not drown it.
     """
     fed = [Batch(*(part[:1, :16] for part in batch[:3])) for batch in batches(gpt)]
-    kinds = {
+    kinds: dict[str, Torch | DeepSpeed] = {
         "torch engine": Torch(precision="fp32"),
         "ZeRO-1": zero(),
         "ZeRO-1, DeepSpeed's buffers": zero(Defaults),

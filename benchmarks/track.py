@@ -50,7 +50,7 @@ class Loop:
         batch = NextToken().batch(self.tokens, torch.full((ROWS,), 128))
         logits = self.model(batch.inputs)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()

@@ -253,8 +253,8 @@ class Stream:
         valid[:count] = np.where(share.fed, length, 0)
         whole = share.fed.all()
         mine = digest(share.samples, rows) if whole else digest(share.samples[share.fed], rows[share.fed])
-        documents = None if documents is None else documents.reshape(*shape, length)
-        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine, documents)
+        shaped = None if documents is None else documents.reshape(*shape, length)
+        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine, shaped)
 
     def _share(self, step: int) -> _Share:
         """This rank's share of a step, found together with those of the steps around it."""

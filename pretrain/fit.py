@@ -18,8 +18,10 @@ import torch
 
 from data_pipeline.failpoints import fail_at
 from pretrain.engine import Engine
-from pretrain.engine.state import MASTER, LossScale
-from pretrain.memory import Shape, evened, is_out_of_memory, largest_micro_batch, loss_plan
+from pretrain.engine.scale import LossScale
+from pretrain.engine.state import MASTER
+from pretrain.memory import Shape, evened, is_out_of_memory, largest_micro_batch
+from pretrain.models.loss import loss_plan
 from pretrain.optim import Rates
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun

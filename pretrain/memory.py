@@ -119,24 +119,23 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
     stage, share = engine.zero_stage, 1 / ranks
     if stage == 0:
         return Memory(n * width, n * SUM, n * MOMENTS, 0, 0, 0)
-    weights = n * width * (share if stage == 3 else 1)
-    gradients = n * SUM * (share if stage >= 2 else 1)
-    optimizer = n * (MASTER + MOMENTS) * share
+    weights = n * width * (share if stage == 3 else 1.0)
+    gradients = n * SUM * (share if stage >= 2 else 1.0)
+    held = n * (MASTER + MOMENTS) * share
     host = 0.0
     if engine.offload.optimizer:
-        host, optimizer = optimizer, 0.0
-        host, gradients = host + n * SUM * share, 0.0
+        host, held, gradients = held + n * SUM * share, 0.0, 0.0
     if engine.offload.parameters:
         host, weights = host + weights, 0.0
-    buffers = float(bucket_elements(engine)) * SUM if stage == 3 else 0.0  # the bucket is held all the time
-    return Memory(weights, gradients, optimizer, 0, 0, buffers, host)
+    buffers = float(bucket_elements(engine, n)) * SUM if stage == 3 else 0.0  # the bucket is held all the time
+    return Memory(weights, gradients, held, 0, 0, buffers, host)
 
 
 def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
     """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered."""
     if not isinstance(engine, DeepSpeed) or engine.zero_stage == 0 or _sums_whole(engine):
         return 0.0
-    elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine)
+    elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine, shape.parameters)
     return float(elements) * width_of(engine)
 
 
@@ -150,9 +149,9 @@ def _sums_late(engine: EngineSettings) -> bool:
     return isinstance(engine, DeepSpeed) and engine.zero_stage in (1, 2) and not _sums_whole(engine)
 
 
-def bucket_elements(engine: DeepSpeed) -> int:
+def bucket_elements(engine: DeepSpeed, parameters: int) -> int:
     """How many gradients DeepSpeed sends at once."""
-    return int(engine.deepspeed_config(None)["zero_optimization"]["reduce_bucket_size"])
+    return int(engine.deepspeed_config(None, parameters)["zero_optimization"]["reduce_bucket_size"])
 
 
 def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
@@ -161,7 +160,7 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     if not isinstance(engine, DeepSpeed):
         last = width * shape.embedding  # of the tied embedding, which gets two gradients
         return n * (width + SUM) if width == 2 else last
-    sent = min(n, bucket_elements(engine))
+    sent = min(n, bucket_elements(engine, n))
     copies = SUM * sent if width == 2 else 0  # gradients go in fp32
     if engine.zero_stage == 0:
         return float(SUM * sent)

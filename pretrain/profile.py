@@ -127,7 +127,7 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float) ->
     for event in events:
         span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
         if event.name.startswith(PART):
-            if event.device_type == torch.autograd.DeviceType.CPU:  # a GPU shows the same part a second time
+            if event.device_type == torch._C._autograd.DeviceType.CPU:  # a GPU shows the same part a second time
                 spans.setdefault(event.name.removeprefix(PART), []).append(span)
         elif event.name.startswith(COLLECTIVES):
             collectives.append(span)
@@ -146,7 +146,7 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float) ->
 
 def _own_seconds(event: Any, on_gpu: bool) -> float:
     """What a kernel took, or on a CPU an operator without the operators that it calls."""
-    on_cpu = event.device_type == torch.autograd.DeviceType.CPU
+    on_cpu = event.device_type == torch._C._autograd.DeviceType.CPU
     if on_gpu:
         return 0.0 if on_cpu else float(event.time_range.end - event.time_range.start) / 1e6
     return float(event.self_cpu_time_total) / 1e6

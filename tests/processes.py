@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parents[1]
+NO_SERVER = 255  # what multiprocessing gives as exit code then
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -34,14 +35,14 @@ class RankProcess:
     @property
     def pid(self) -> int:
         """Its process id."""
-        assert self._process.pid is not None
-        return self._process.pid
+        pid: int | None = self._process.pid
+        assert pid is not None
+        return pid
 
     def poll(self) -> int | None:
         """Its exit code, below 0 where a signal ended it; None while it runs."""
         code: int | None = self._process.exitcode
-        if code == 255:
-            raise RuntimeError(f"the server of ranks has ended: {_fate_of_server()}")
+        assert code != NO_SERVER, "the server of ranks has ended, and with it what became of this rank"
         return code
 
     def wait(self, timeout: float | None = None) -> int:
@@ -117,15 +118,6 @@ def _context() -> Any:
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
-
-
-def _fate_of_server() -> str:
-    server = forkserver._forkserver  # type: ignore[attr-defined]
-    pid = server._forkserver_pid
-    try:
-        return f"pid {pid}, {os.waitpid(pid, os.WNOHANG)}, alive pipe {os.fstat(server._forkserver_alive_fd)}"
-    except OSError as error:
-        return f"pid {pid}, {error}"
 
 
 def _enter(variables: dict[str, str], log: Path | None, function: Callable[..., Any], arguments: Any) -> None:

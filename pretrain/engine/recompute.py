@@ -39,7 +39,9 @@ def recompute_blocks(model: nn.Module, kind: Recompute) -> None:
 
 
 def _recomputed(forward: Callable[..., Any], kind: Recompute) -> Callable[..., Any]:
-    more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if kind == "selective" else {}
+    more: dict[str, Any] = {}
+    if kind == "selective":
+        more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
 
     def twice(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():

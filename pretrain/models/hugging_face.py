@@ -37,7 +37,7 @@ _THEIRS = {theirs: ours for names in _OURS.values() for ours, theirs in names.it
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, in files that old versions wrote
 
 _FREE = ("architectures", "resid_pdrop", "embd_pdrop", "attn_pdrop", OURSELVES)  # change no weight
-_DEFAULTS = {  # of GPT2Config and OpenAIGPTConfig, for keys that a config.json leaves out
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of GPT2Config and OpenAIGPTConfig, for keys that a config.json leaves out
     "gpt2": {
         "n_positions": 1024,
         "n_inner": None,

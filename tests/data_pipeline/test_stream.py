@@ -170,7 +170,8 @@ def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, fold
 def numbers_by_marks(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Documents told apart by their <|endoftext|>, which random documents do not hold elsewhere."""
     ends = tokens[..., :-1] == FORMAT.end_of_text
-    return np.cumsum(ends, axis=-1) - ends
+    numbers: npt.NDArray[np.int64] = np.cumsum(ends, axis=-1) - ends
+    return numbers
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,13 +87,14 @@ def test_the_labels_are_whole(corpora: Corpora, order: Order) -> None:
 def test_every_sample_leads_to_its_documents(corpora: Corpora, order: Order) -> None:
     shards = corpora.shards(order.pools)
     by_pool, samples = [labels(each) for each in shards], np.arange(900)
-    seen = defaultdict(list)
+    seen: defaultdict[int, list[Any]] = defaultdict(list)
     for each in documents_in(order, shards, samples, T):
         seen[each.sample] += [(each.source, each.generation, each.epoch, each.id, n)
                               for n in range(each.first_token, each.end_token)]  # fmt: skip
         assert each.uri == f"https://example.org/{each.id}"
-    at, named = order.locate(samples), {}
-    for n, pool, epoch, block, row in zip(samples, at.pool, at.epoch, at.block, at.row, strict=True):
+    named: dict[str, None] = {}
+    at = order.locate(samples)
+    for n, pool, epoch, block, row in zip(samples.tolist(), at.pool, at.epoch, at.block, at.row, strict=True):
         held, place = by_pool[pool][block * ROWS + row], order.pools[pool]
         assert seen[n] == [(place.source, place.generation, epoch, *label) for label in held]
         named |= {f"{place.source}:{id}": None for id, _ in held}

@@ -249,7 +249,8 @@ def test_it_is_left_where_a_rank_is_asked_to_stop(alone: Ranks, files: dict[Name
         task_scores(model, run_tokenizer(run), 64, files, ("0",), alone, 2, lambda: next(asked))
     assert next(asked) is False and model.training  # a batch later, and as it was
     poll = Poll(alone, lambda: False)
-    poll(), poll()
+    poll()
+    poll()
 
 
 def test_a_file_that_is_gone_is_one_line_on_every_rank(alone: Ranks, tmp_path: Path) -> None:

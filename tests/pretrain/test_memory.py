@@ -50,7 +50,9 @@ def test_deepspeed_s_peaks_are_what_torch_tracks(tmp_path: Path, monkeypatch: py
     bucket = 500_000  # a tenth of the model's gradients are sent at once
     (tracked,) = on_ranks(tmp_path, 1, zero_peaks, WIDE, engines, 8, 128, bucket)
     whole = DeepSpeed._zero_config
-    monkeypatch.setattr(DeepSpeed, "_zero_config", lambda self: whole(self) | {"reduce_bucket_size": bucket})
+    monkeypatch.setattr(
+        DeepSpeed, "_zero_config", lambda self, count: whole(self, count) | {"reduce_bucket_size": bucket}
+    )
     shape, plan = Shape.of(WIDE), loss_plan("plain", CPU)
     expected = [step_memory(shape, each, 8, 8 * 128, plan, accumulates=False).total for each in engines]
     ratios = [ours / theirs for ours, theirs in zip(expected, tracked, strict=True)]

@@ -47,7 +47,7 @@ def withdrawing(
     of_course, withdrawals = withdrawn.split(changes)
     records = amended(run, records, from_sample, *of_course)
     earlier = [id for r in records if r.withdrawn is not None for id in r.withdrawn.ids()]
-    corpora = Corpora(records and plan_course(run, records).runs[-1][1].data)
+    corpora = Corpora(plan_course(run, records).runs[-1][1].data)
     found = withdrawn.find(corpora, records[-1].generations, withdrawals, earlier, records[-2].generations)
     assert found is not None
     kept = found.write(run.run_folder / "segments")

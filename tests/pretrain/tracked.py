@@ -38,7 +38,7 @@ class _Ones(TorchDispatchMode):
 
 def torch_engine_peak(gpt: Gpt, engine: EngineSettings, rows: int, length: int) -> int:
     """Bytes at the peak of a step of one rank, its engine's states included."""
-    with FakeTensorMode(), _Ones():
+    with FakeTensorMode(), _Ones():  # type: ignore[no-untyped-call]
         return _peak(gpt, engine, rows, length, ranks=1)
 
 
@@ -48,10 +48,11 @@ def zero_peaks(alone: Ranks, gpt: Gpt, engines: list[DeepSpeed], rows: int, leng
 
     dist.destroy_process_group()
     os.environ["WORLD_SIZE"] = "8"
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     alone.cpu = dist.group.WORLD
     whole = DeepSpeed._zero_config
-    DeepSpeed._zero_config = lambda self: whole(self) | {"reduce_bucket_size": bucket}  # type: ignore[method-assign]
+    patched: Any = DeepSpeed
+    patched._zero_config = lambda self, count: whole(self, count) | {"reduce_bucket_size": bucket}
     return [_peak(gpt, engine, rows, length, ranks=8) for engine in engines]
 
 

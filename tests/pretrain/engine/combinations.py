@@ -142,7 +142,7 @@ def load(engine: Engine, folder: Path) -> None:
 def half(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """fp16 where it is slow and refused, for its arithmetic alone: each engine's losses with a scale that overflows at
     first, the scales, and what is left of a scale after a checkpoint and after a loss that is not finite."""
-    from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
+    from deepspeed.accelerator import get_accelerator
 
     Computation.check_device = lambda *_: None  # type: ignore[method-assign]
     type(get_accelerator()).is_fp16_supported = lambda _: True

@@ -30,7 +30,8 @@ def visible(length: int, band: int | None, documents: Tensor | None, batch: int 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5
-    return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ v
+    mixed: Tensor = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ v
+    return mixed
 
 
 def numbers(*rows: list[int]) -> Tensor:

@@ -63,7 +63,7 @@ def test_parameter_counts(name: str, count: int) -> None:
 
 
 def test_every_model_config_has_its_count_above() -> None:
-    counted = {case[0] for mark in test_parameter_counts.pytestmark for case in mark.args[1]}
+    counted = {case[0] for mark in vars(test_parameter_counts)["pytestmark"] for case in mark.args[1]}
     assert counted == {path.stem for path in (CONFIGS / "model").glob("*.yaml")}
 
 

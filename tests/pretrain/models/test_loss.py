@@ -64,7 +64,7 @@ def test_logits_of_the_whole_batch_are_never_held() -> None:
             return out
 
     hidden, weight = torch.randn(500, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
-    with Watch():
+    with Watch():  # type: ignore[no-untyped-call]
         chunked_loss(hidden, weight, torch.randint(V, (500,)), torch.ones(500), 50).backward()
     assert largest <= max(50 * V, 500 * C)
 
