@@ -351,16 +351,14 @@ def explain(error: Exception) -> int:
     """Say why this rank ends, in a line of its log, unless rank 0 says the same; the exit code."""
     if isinstance(error, ConfigError):
         return _fail(error, 2)
-    import click
-
     from data_pipeline.shards import ShardError
     from pretrain.checkpoint import SaveError
     from pretrain.lineage import TakenOver
     from pretrain.preflight import PreflightError
     from pretrain.ranks import AbsentRanks
 
-    if isinstance(error, click.ClickException):
-        error.show()
+    if callable(show := getattr(error, "show", None)):  # click's ClickException, or that of the copy in typer
+        show()
         return 2
     if isinstance(error, TakenOver):
         return _fail(error, 6)

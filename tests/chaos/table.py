@@ -43,6 +43,8 @@ FAULTS, BATCH, RECOVERY, WATCHING = (
 PREPARE, DISKS, CRAWL, TEXT_FILES, SHARDS = (
     f"tests/data_pipeline/test_{name}.py" for name in ("prepare", "disks", "common_crawl", "text_files", "shards")
 )
+REMOTE, CACHE, STREAM = (f"tests/data_pipeline/test_{name}.py" for name in ("remote_shards", "cache", "stream"))
+MLFLOW, REGISTRY = (f"tests/pretrain/track/test_{name}.py" for name in ("mlflow", "registry"))
 SOURCES = tuple(
     f"tests/data_pipeline/test_{name}.py"
     for name in ("inputs", "text_files", "common_crawl", "wikipedia", "token_files")
@@ -118,11 +120,25 @@ ROWS = [
     Row("P18", "evil inputs: pipes, paths, redirects, control characters",
         (*SOURCES, "tests/data_pipeline/test_remote.py"),
         ("other_readers_would_run", "control_characters", "does_not_lie_below", "redirects_out", "will_not_be_asked")),
-    Row("S1", "one bit flipped in a shard", (SHARDS,), ("flipped_bit",)),
-    Row("S2", "a shard truncated", (SHARDS,), ("truncated",)),
+    Row("S1", "one bit flipped in a shard", (SHARDS, CACHE), ("flipped_bit", "is_damaged")),
+    Row("S2", "a shard truncated", (SHARDS, REMOTE), ("truncated", "damage_at_the_source", "spoiled_on_the_way")),
     Row("S3", "a zeroed page; a shard swapped, missing, extra, renamed", (SHARDS,),
         ("zeroed", "swapped", "missing_or", "extra_files")),
-    Row("M1", "the tracking server away"),
+    Row("S6", "a reader that dies: an error, not a hang", (REMOTE, STREAM),
+        ("reader_that_dies", "waits_for_no_server", "damaged_block_ends")),
+    Row("S7", "another number of ranks, threads, micro-batch on resume", (STREAM, "tests/pretrain/test_trace.py"),
+        ("any_shape_of_the_machine", "on_other_ranks_each_time")),
+    Row("S8", "a shared mount that shows stale folders, late files", (REMOTE,),
+        ("late_files", "never_shows", "stale_handle")),
+    Row("M1", "the tracking server down at the start, in mid-run, for good; 500, 401, 429, slow", (MLFLOW, REGISTRY),
+        ("is_down", "lost_answer", "answers_with_errors", "holds_up_nobody")),
+    Row("M2", "the server dies during an upload", (REGISTRY,), ("ready_too_early",)),
+    Row("M3", "a run deleted or gone for good, what MLflow refuses, a metric that is not finite", (MLFLOW,),
+        ("deleted", "gone_for_good", "refuses_does_not", "not_finite")),
+    Row("M4", "the sqlite store locked, or on a full disk", (MLFLOW, REGISTRY), ("locked", "full_disk")),
+    Row("M5", "steps done twice are recorded once", (MLFLOW,),
+        ("done_twice", "kill_between", "live_lineage")),
+    Row("C4", "what an older version wrote", ("tests/pretrain/test_older.py",)),
 ]  # fmt: skip
 
 

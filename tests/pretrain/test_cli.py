@@ -5,7 +5,7 @@ import pytest
 from configs import ConfigError
 from data_pipeline.shards import ShardError
 from pretrain.checkpoint import SaveError
-from pretrain.cli import explain
+from pretrain.cli import app, explain
 from pretrain.preflight import PreflightError
 from pretrain.ranks import Ranks
 
@@ -50,3 +50,10 @@ def test_what_rank_0_has_raised_on_every_rank_it_alone_says(
         Told(rank).first(refuse)
     assert explain(caught.value) == 2
     assert capsys.readouterr().err == said
+
+
+def test_a_command_that_does_not_exist_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Exception, match="nosuch") as caught:
+        app(["nosuch"], standalone_mode=False)
+    assert explain(caught.value) == 2
+    assert "No such command 'nosuch'" in capsys.readouterr().err
