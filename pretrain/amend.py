@@ -79,8 +79,9 @@ def _withdrawing(
     if found.held:
         unfed = sum(document.split != "train" for _, document in found.held)
         course = plan_course(run, records)
-        steps = fed_steps(course, [found.ranges], record.from_sample)
-        tell(_told(len(found.held), unfed, kept.samples, steps))
+        steps = fed_steps(course, [found.of_documents], record.from_sample)
+        samples = sum(withdrawn.size(ranges) for ranges in found.of_documents.values())
+        tell(_told(len(found.held), unfed, samples, steps))
     return replace(record, withdrawn=kept, format=FORMAT_VERSION)
 
 

@@ -56,7 +56,7 @@ class TrainRun(Section):
     data: Data
     batch_tokens: Int = Field(gt=0)
     batch_ramp: BatchRamp | None = None  # null: batch_tokens from the first step on
-    micro_batch_seqs: Annotated[int | Literal["fit"], BeforeValidator(_micro_batch)]  # fit: what memory holds
+    micro_batch_seqs: Annotated[Int | Literal["fit"], BeforeValidator(_micro_batch)]  # fit: what memory holds
     train_tokens: Int = Field(gt=0)
     optim: Optim
     schedule: Schedule

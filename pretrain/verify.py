@@ -163,7 +163,12 @@ def _add_up(
     steps = sorted({mark.step for mark in marks})
     bounds = [course.steps.start(step) for step in steps]
     digests = stretch_digests(
-        course.order, course.skips, run.data, bounds, workers, lambda done, of: look(done, of, "the data", "parts")
+        course.order,
+        course.skips,
+        course.runs[-1][1].data,
+        bounds,
+        workers,
+        lambda done, of: look(done, of, "the data", "parts"),
     )
     read = dict(zip(steps, digests, strict=False))
     for (_, before), (row, after) in pairwise(chain):

@@ -89,6 +89,7 @@ class Found:
     ranges: Ranges
     ids: list[str]  # as given
     held: list[tuple[str, Held]]  # source and place of each document found
+    of_documents: Ranges  # the samples of those
     unknown: list[str]  # ids that no source has
 
     def write(self, folder: Path) -> Withdrawn:
@@ -155,13 +156,15 @@ def find(
         added = list(documents(corpora, generations, earlier, before))
         what += [f"{len(added)} documents of earlier takedowns in what was added"] if added else []
         held += added
+    of_documents: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for source, document in held:
         samples = document.samples(corpora.data.seq_tokens, corpora.manifests[source].format.block_tokens)
         if document.split == "train" and len(samples):
-            spans[source, document.generation].append((samples.start, samples.stop))
+            of_documents[source, document.generation].append((samples.start, samples.stop))
     if not what:
         return None
-    return Found(what, {key: merged(ranges) for key, ranges in spans.items()}, given, held, unknown)
+    ranges = {key: merged([*spans[key], *of_documents[key]]) for key in {**spans, **of_documents}}
+    return Found(what, ranges, given, held, {key: merged(each) for key, each in of_documents.items()}, unknown)
 
 
 def read_ids(path: Path) -> list[str]:

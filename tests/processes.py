@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -85,7 +86,7 @@ def on_ranks(
 
 def _receive(pipe: connection.Connection, timeout: float) -> Any:
     try:
-        return pipe.recv() if pipe.poll(timeout) else None
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout) else None
     except EOFError:  # its exit code says more
         return None
 
@@ -141,7 +142,7 @@ def _on_rank(pipe: connection.Connection, function: Callable[..., Any], argument
         from pretrain.ranks import Ranks
 
         ranks = Ranks.join()
-        pipe.send(function(ranks, *arguments))
+        pipe.send_bytes(pickle.dumps(function(ranks, *arguments)))  # tensors by value
         ranks.barrier()
     except BaseException:
         traceback.print_exc()

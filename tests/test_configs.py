@@ -528,8 +528,8 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["lr_peak=1"], "command line (lr_peak=1): lr_peak: unknown key; did you mean optim.lr_peak?"),
         (["data.sources.wikipedia.max_epoch=1"], "command line (data.sources.wikipedia.max_epoch=1): "
          "data.sources.wikipedia.max_epoch: unknown key; did you mean data.sources.wikipedia.max_epochs?"),
-        (["batch_tokens=512"], "{file}:2: batch_tokens: 512 is less than one sequence of data.seq_tokens 1024"),
-        (["data.seq_tokens=2Ki"], "{file}:2: data.seq_tokens: 2048 is longer than model.context 1024"),
+        (["batch_tokens=512"], "{file}:5: batch_tokens: 512 is less than one sequence of data.seq_tokens 1024"),
+        (["data.seq_tokens=2Ki"], "{file}:5: data.seq_tokens: 2048 is longer than model.context 1024"),
         (["model=model/gpt3.yaml"],
          "command line (model=model/gpt3.yaml): model: no file model/gpt3.yaml in {here} or CONFIGS"),
         (["engine={kind: jax}"],

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 logger = logging.getLogger(__name__)
 
 FOLDER = "system"
@@ -63,27 +61,31 @@ class Node:
     """Reads this node's counters; rates are since the sample before."""
 
     def __init__(self) -> None:
-        self._gpus = _Gpus()
+        import psutil  # here: whoever only reads what was sampled starts faster
+
+        self._psutil, self._gpus = psutil, _Gpus()
         psutil.cpu_percent()  # the first call has nothing to compare with
-        self._network, self._at = _network(), time.monotonic()
+        self._network, self._at = self._bytes(), time.monotonic()
 
     def sample(self) -> dict[str, float]:
         """Metrics of now; percent, GiB, MB/s, W, degrees Celsius."""
-        memory, network, now = psutil.virtual_memory(), _network(), time.monotonic()
+        memory, network, now = self._psutil.virtual_memory(), self._bytes(), time.monotonic()
         seconds = max(now - self._at, 1e-3)
-        found = {"cpu_percent": psutil.cpu_percent(), "memory_gib": round((memory.total - memory.available) / GIB, 3)}
+        found = {
+            "cpu_percent": self._psutil.cpu_percent(),
+            "memory_gib": round((memory.total - memory.available) / GIB, 3),
+        }
         for name, before, count in zip(("network_in", "network_out"), self._network, network, strict=True):
             found[f"{name}_mb_per_s"] = round(max(0, count - before) / seconds / 1e6, 3)
         self._network, self._at = network, now
         return found | self._gpus.sample()
 
-
-def _network() -> tuple[int, int]:
-    """Bytes in and out so far; nothing where the system hides its counters."""
-    with contextlib.suppress(OSError, RuntimeError):
-        if (counters := psutil.net_io_counters()) is not None:
-            return counters.bytes_recv, counters.bytes_sent
-    return 0, 0
+    def _bytes(self) -> tuple[int, int]:
+        """Bytes in and out so far; nothing where the system hides its counters."""
+        with contextlib.suppress(OSError, RuntimeError):
+            if (counters := self._psutil.net_io_counters()) is not None:
+                return counters.bytes_recv, counters.bytes_sent
+        return 0, 0
 
 
 class _Gpus:

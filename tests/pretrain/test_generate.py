@@ -139,16 +139,20 @@ def test_rows_of_any_lengths_draw_what_each_draws_alone(name: str) -> None:
     model = with_opinions(SHAPES[name])
     prompts = [[3], [7, 1, 4, 1, 5, 9, 2, 6], list(range(40)), [8, 2], [3]]
     sampling = Sampling(temperature=0.8, max_tokens=25, seed=4)
-    alone = [
-        list(sample(model, prompt, sampling.model_copy(update={"seed": 4 + row}), end=11))
-        for row, prompt in enumerate(prompts)
-    ]
+
+    def draw(end: int | None) -> list[list[int]]:
+        seeds = [sampling.model_copy(update={"seed": 4 + row}) for row in range(len(prompts))]
+        return [list(sample(model, prompt, seed, end=end)) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    whole = draw(None)
+    end = next(token for token in whole[1] if len({[*text, token].index(token) for text in whole}) > 2)
+    alone = draw(end)
     together: list[list[int]] = [[] for _ in prompts]
-    for row, token in sample_rows(model, prompts, sampling, end=11):
+    for row, token in sample_rows(model, prompts, sampling, end=end):
         together[row].append(token)
     assert together == alone
     assert len({len(text) for text in alone}) > 1 and alone[0] != alone[4]
-    second = [token for _, token in sample_rows(model, prompts[3:4], sampling, end=11, first_row=3)]
+    second = [token for _, token in sample_rows(model, prompts[3:4], sampling, end=end, first_row=3)]
     assert second == alone[3]  # whatever the batch it is in
 
 

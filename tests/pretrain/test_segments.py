@@ -318,7 +318,7 @@ def test_a_record_holds_what_a_change_meant_then(folder: Path, tmp_path: Path, m
     (tmp_path / "other.yaml").write_text("kind: linear\nwarmup_tokens: 1Ki\n")
     monkeypatch.chdir(tmp_path)
     records = amended(run, begun(run), 100, "data.sources.gamma={shards: gamma, weight: 0.5}", "schedule=other.yaml")
-    source = f'{{"generations":null,"max_epochs":null,"shards":"{tmp_path}/gamma","weight":0.5}}'
+    source = f'{{"generations":null,"max_epochs":null,"shards":"{tmp_path}/gamma","shared_mount":false,"weight":0.5}}'
     schedule = '{"decay_tokens":null,"final_fraction":0.0,"kind":"linear","warmup_tokens":1024}'
     assert records[1].changes == [f"data.sources.gamma={source}", f"schedule={schedule}"]
     monkeypatch.chdir("/")
