@@ -162,7 +162,8 @@ def recorded(row: str) -> int:
 def run_tests(ids: Sequence[str] = ()) -> bool:
     """Run the tests of the rows that have some, or of these alone, and record them; whether any failed."""
     rows = [row for row in ROWS if row.files and (not ids or row.id in ids)]
-    words = " or ".join(sorted({word for row in rows for word in row.words})) if ids else ""
+    named = {word or Path(file).stem for row in rows for file in row.files for word in row.words}
+    words = " or ".join(sorted(named)) if ids else ""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         files = sorted({file for row in rows for file in row.files})
