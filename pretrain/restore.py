@@ -11,7 +11,6 @@ import torch
 from configs import ConfigError
 from data_pipeline.progress import Count
 from data_pipeline.stream import Corpora
-from data_pipeline.summary import folder_tokenizer
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import checkpoint
 from pretrain.checkpoint import Committed, Damaged
@@ -101,4 +100,6 @@ def load_weights(model: GPT, committed: Committed) -> None:
 
 def run_tokenizer(run: TrainRun) -> Tokenizer:
     """The tokenizer of a run's corpora. Raises ConfigError."""
+    from data_pipeline.summary import folder_tokenizer  # here: it imports every source of text
+
     return folder_tokenizer(next(iter(Corpora(run.data).manifests.values())))

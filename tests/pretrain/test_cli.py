@@ -1,5 +1,8 @@
 """Which rank says why it ends."""
 
+import subprocess
+import sys
+
 import pytest
 
 from configs import ConfigError
@@ -57,3 +60,9 @@ def test_a_command_that_does_not_exist_is_said(capsys: pytest.CaptureFixture[str
         app(["nosuch"], standalone_mode=False)
     assert explain(caught.value) == 2
     assert "No such command 'nosuch'" in capsys.readouterr().err
+
+
+def test_a_rank_imports_no_source_of_text() -> None:
+    program = "import sys, pretrain.train; print([m for m in ('data_pipeline.sources', 'fastwarc') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
