@@ -109,10 +109,13 @@ def test_arrays_over_four_nodes_make_the_same_to_the_byte(cluster: Cluster, here
 def test_stopped_half_way_then_with_another_number_of_tasks(cluster: Cluster, here: Path, made: Path) -> None:
     first = submit(here, tasks=4, variables=SLOW)
     [array] = first["slices"]
-    cluster.until("two slices", lambda: len(slices(here)) >= 2)
+    planned = sorted(path.relative_to(made) for path in made.glob("out/*/slices/[0-9]*"))
+    of_3, next_of_3 = planned[len(planned) * 3 // 4 :][:2]  # task 3 comes to them first, all others last
+    next_lease = here / next_of_3.with_name(f".{next_of_3.name}.lease")
+    cluster.until("task 3 has advanced", lambda: (here / of_3).is_dir() and next_lease.is_symlink())
+    cluster.run(f"scancel {array}_[0-2]")
     cluster.run(f"scancel --signal=USR2 --batch {array}_3")  # as when its time is nearly over
     cluster.until("put back", lambda: "Restarts=1" in cluster.run(f"scontrol --oneliner show job {array}_3"))
-    cluster.run(f"scancel {array}_[0-1]")
     cluster.run(f"scancel {array}")
     assert cluster.wait(first["seal"][0], ENDED) == "FAILED"
     kept = slices(here)
