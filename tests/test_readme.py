@@ -1,4 +1,4 @@
-"""The README: every command in it but `make test` is run here, in its order, in a copy of the tree."""
+"""README and docs/: every command in them but `make test` is run here, in their order, in a copy of the tree."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+import docs.settings
 from tests.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+IN_ORDER = [
+    "README",
+    "data",
+    "training",
+    "running",
+    "results",
+]  # later pages use what the commands of earlier ones left
+BLOCKS = [
+    block
+    for path in sorted(PAGES, key=lambda path: IN_ORDER.index(path.stem) if path.stem in IN_ORDER else len(IN_ORDER))
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGES[path], re.MULTILINE | re.DOTALL)
+]
 SHORT = {"train_tokens": "64Ki", "log_every_steps": 1}  # 32 steps
 SHORT_SECTIONS = {
     "schedule": {"warmup_tokens": "8Ki"},
@@ -129,7 +142,7 @@ def check_demo(output: str) -> None:
 
 
 def test_the_tree_names_every_file() -> None:
-    tree = README.partition("## The tree\n\n```\n")[2].partition("\n```\n")[0]
+    tree = PAGES[ROOT / "docs/tree.md"].partition("\n```\n")[2].partition("\n```\n")[0]
     folders: list[str] = []
     named = set()
     for line in tree.splitlines():
@@ -150,4 +163,10 @@ def _says_more(name: str) -> bool:
 
 
 def test_links_lead_somewhere() -> None:
-    assert [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / link).exists()] == []
+    links = [(path, link) for path, text in PAGES.items() for link in re.findall(r"\]\(([^)#]+)\)", text)]
+    assert [link for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_page_of_settings_is_that_of_the_code() -> None:
+    """`python -m docs.settings > docs/settings.md` makes it anew."""
+    assert PAGES[ROOT / "docs/settings.md"] == docs.settings.page()
