@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field
 from configs import ConfigError, Float, Int, Section
 from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import sync_folder, write_durably
+from data_pipeline.sources.remote import s3_options
 
 log = logging.getLogger("pretrain")
 
@@ -48,13 +49,19 @@ def _check_target(to: str) -> str:
     if not separator:
         return str(Path(to).absolute())
     try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = " (pip install 'longhaul[s3]')" if protocol == "s3" else ""
-        raise ValueError(f"{to}: {error}{package}") from None
-    except ValueError as error:
+        _s3() if protocol == "s3" else fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
         raise ValueError(f"{to}: {error}") from None
     return to.rstrip("/")
+
+
+def _s3() -> Any:
+    """S3 as the shards are read from it. Raises ImportError with what is to be installed."""
+    try:
+        from obstore.fsspec import FsspecStore
+    except ImportError:
+        raise ImportError("s3:// needs obstore: pip install 'longhaul[s3]'") from None
+    return FsspecStore("s3", **s3_options())
 
 
 class Archive(Section):
@@ -78,7 +85,10 @@ class Store:
         from fsspec.implementations.local import LocalFileSystem
 
         self.address = address
-        self.fs, self.root = url_to_fs(address)
+        if address.startswith("s3://"):
+            self.fs, self.root = _s3(), address.removeprefix("s3://")
+        else:
+            self.fs, self.root = url_to_fs(address)
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def names(self) -> list[str]:

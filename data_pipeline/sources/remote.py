@@ -449,23 +449,17 @@ def _list(pattern: str, suffixes: tuple[str, ...]) -> list[tuple[str, int, str]]
     return found
 
 
-@functools.lru_cache(maxsize=64)
-def store(bucket: str) -> Any:
-    """A bucket, as the environment has it. Raises InputError where the library is missing."""
-    try:
-        from obstore.store import S3Store
-    except ImportError:
-        raise InputError("s3:// needs obstore: pip install 'longhaul[s3]'") from None
+def s3_options() -> dict[str, Any]:
+    """How obstore is to speak to S3: where the environment says, as patiently as with other servers."""
     endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(k)), None)
-    return S3Store(
-        bucket,
-        config={"endpoint": endpoint} if endpoint else {},
-        client_options={
+    return {
+        "config": {"endpoint": endpoint} if endpoint else {},
+        "client_options": {
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=PATIENCE.silence_s),
             "timeout": timedelta(seconds=PATIENCE.range_s),
         },
-        retry_config={
+        "retry_config": {
             "max_retries": PATIENCE.attempts - 1,
             "retry_timeout": timedelta(seconds=PATIENCE.range_s),
             "backoff": {
@@ -474,7 +468,17 @@ def store(bucket: str) -> Any:
                 "base": 2,
             },
         },
-    )
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def store(bucket: str) -> Any:
+    """A bucket, as the environment has it. Raises InputError where the library is missing."""
+    try:
+        from obstore.store import S3Store
+    except ImportError:
+        raise InputError("s3:// needs obstore: pip install 'longhaul[s3]'") from None
+    return S3Store(bucket, **s3_options())
 
 
 def refusal(name: str, error: Exception) -> InputError:
