@@ -9,8 +9,8 @@ within the product, attention kernels, micro-batches, not compiled, recomputatio
 the attention kernels and the ways to the loss. Medians over steps after the warm-up, on random tokens, without the data
 reading, checkpoints and tracking of a run.
 
-A case is a process. As many as the GPU's memory holds compile beside each other, each up to the end of its first step;
-when all of them stand still they are timed one by one, the rest asleep. Each row is printed when it is there.
+A case is a process. Those of a group compile beside each other and take their first steps in turn; when all of them
+stand still they are timed one by one, the rest asleep. Each row is printed when it is there.
 
 MFU is (6 N + 12 L C T) operations per token x tokens/s over the card's dense bf16 peak: attention counted as dense, N
 without positions, the vocabulary not padded. What does not fit into --budget seconds is left out, and said to be.
@@ -58,9 +58,10 @@ from pretrain.ranks import Ranks
 VOCABULARY, NANOGPT_VOCABULARY = 50257, 50304  # nanoGPT pads its own
 FORMULA = "MFU = (6 N + 12 L C T) x tokens/s / peak: dense attention, N without positions, unpadded vocabulary"
 LEAST_S = 25.0  # that a case takes; none is begun with less left
-TOGETHER = 8  # cases that compile beside each other, on two cores or more each
+TOGETHER = 9  # cases that compile beside each other, on a core and a half or more each
+CONTEXT = 0.8 * GIB  # of the GPU's memory, for a process that stands still, beside its states
 COMPILING, ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}, {"OMP_NUM_THREADS": "1"}  # on a GPU, on a CPU
-RESERVE = 0.88  # of the GPU's memory is shared out between them; contexts and fragments take the rest
+RESERVE = 0.9  # of the GPU's memory is shared out between them; contexts and fragments take the rest
 
 
 @dataclass(frozen=True)
@@ -145,32 +146,74 @@ def engine_of(case: Case, cuda: bool) -> Torch | DeepSpeed:
     return configs.build(Torch, settings, "benchmark")
 
 
-def expected_bytes(case: Case, cuda: bool) -> float:
-    """What a case is expected to hold at its peak; nanoGPT's autocast a half more than ours."""
+def expected_bytes(case: Case, cuda: bool) -> tuple[float, float]:
+    """What a case is expected to hold between steps, and at their peak; nanoGPT's autocast a quarter more than ours."""
     engine, gpt = engine_of(case, cuda), shape_of(case)
     loss = loss_plan(engine.loss, torch.device("cuda" if cuda else "cpu"))
     memory = step_memory(Shape.of(gpt), engine, 1, case.rows * gpt.context, loss, case.compile)
-    return memory.total * (1.5 if case.engine == "nanogpt" else 1.1)
+    held = memory.weights + memory.gradients + memory.optimizer
+    return held * 1.05 + CONTEXT, memory.total * (1.3 if case.engine == "nanogpt" else 1.1) + CONTEXT
 
 
 def groups(wanted: list[Case], capacity: float, cuda: bool) -> list[list[Case]]:
-    """The cases in their order, cut where the next would not fit beside those before it."""
-    cut: list[list[Case]] = [[]]
-    left = capacity
+    """The cases in their order. The first size is a group, that its rows come soon; then as many as fit in memory."""
+    cut: list[list[Case]] = []
+    held, above = 0.0, 0.0  # of the last group: what all hold, and the most that one of them needs for a moment
     for case in wanted:
-        need = expected_bytes(case, cuda)
-        if cut[-1] and (need > left or len(cut[-1]) == TOGETHER):
+        between, peak = expected_bytes(case, cuda)
+        fits = held + between + max(above, peak - between) <= capacity
+        another = len(cut) == 1 and case.model != cut[0][0].model
+        if not cut or not fits or another or len(cut[-1]) == TOGETHER:
             cut.append([])
-            left = capacity
+            held = above = 0.0
         cut[-1].append(case)
-        left -= need
+        held, above = held + between, max(above, peak - between)
     return cut
 
 
 # --- a case -------------------------------------------------------------------------------------------------------
 
 
-def run(case: Case, seconds: float, nanogpt: Path | None, begun: float) -> dict[str, Any]:
+class Turn:
+    """One process at a time has the GPU: for a first step, or for its compiler to measure kernels."""
+
+    def __init__(self, lock: Path) -> None:
+        self._lock = lock.open("a")
+        self.held = False
+
+    def take(self, *_: Any) -> None:
+        """Wait for it, unless it is held."""
+        if not self.held:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.held = True
+
+    def leave(self) -> None:
+        """The next one's."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self.held = False
+
+    def govern_compiler(self) -> None:
+        """Have what is compiled run, and its kernels measured, in turn."""
+        from torch._dynamo.callback import callback_handler
+        from torch._inductor.runtime.benchmarking import benchmarker
+
+        callback_handler.register_end_callback(self.take)
+        theirs: Any = benchmarker
+        measure = theirs.benchmark_gpu
+
+        def alone(*arguments: Any, **named: Any) -> Any:
+            held = self.held
+            self.take()
+            try:
+                return measure(*arguments, **named)
+            finally:
+                if not held:
+                    self.leave()
+
+        theirs.benchmark_gpu = alone
+
+
+def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: float) -> dict[str, Any]:
     """One case in this process: its first step, then, at a line on stdin, its timing; its row.
 
     `begun`: when the process did.
@@ -185,12 +228,17 @@ def run(case: Case, seconds: float, nanogpt: Path | None, begun: float) -> dict[
     gpt = shape_of(case)
     with _kernel(case):
         step = _nanogpt(case, gpt, nanogpt, ranks) if case.engine == "nanogpt" else _ours(case, gpt, ranks)
+        if case.compile:
+            turn.govern_compiler()
+        else:
+            turn.take()
         step()
         _wait(cuda)
         first = time.perf_counter() - begun
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()  # for those beside it
+        turn.leave()
         print("READY", flush=True)
         sys.stdin.readline()
         times = _timed(step, seconds, cuda)
@@ -496,21 +544,6 @@ def run_together(group: list[Case], options: argparse.Namespace, until: float) -
                 worker.end()
 
 
-def share_gpu(lock: Path) -> None:
-    """Have the compiler of this process measure kernels while no process beside it does."""
-    from torch._inductor.runtime.benchmarking import benchmarker
-
-    theirs: Any = benchmarker
-    measure = theirs.benchmark_gpu
-
-    def alone(*arguments: Any, **named: Any) -> Any:
-        with lock.open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            return measure(*arguments, **named)
-
-    theirs.benchmark_gpu = alone
-
-
 def main() -> None:
     """Measure, print each row when it is there, and write the tables to a file named after hardware and date."""
     begun = time.perf_counter()
@@ -526,9 +559,8 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     if options.case:
-        if cuda:
-            share_gpu(options.lock)
-        print("ROW " + json.dumps(run(Case(**json.loads(options.case)), options.seconds, options.nanogpt, begun)))
+        row = run(Case(**json.loads(options.case)), options.seconds, options.nanogpt, Turn(options.lock), begun)
+        print("ROW " + json.dumps(row))
         sys.stdout.flush()
         os._exit(0)  # DeepSpeed leaves a thread that aborts some exits
     device, name = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "CPU")

@@ -77,6 +77,7 @@ class DeepSpeed(Computation):
             "gradient_accumulation_steps": 1,  # nominal: the loop says which micro-batch is the last
             "gradient_clipping": clip_norm or 0.0,  # the default is 1.0 since 0.19.3
             "steps_per_print": 2**62,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before and after each micro-batch
             "bf16": {"enabled": self.precision == "bf16"},
             "fp16": {"enabled": self.precision == "fp16", "loss_scale_window": 2**62},  # the scale is ours to move
             "data_types": {"grad_accum_dtype": "fp32"},  # the default accumulates in the precision of the weights
@@ -131,7 +132,8 @@ class ZeroEngine:
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard decides
         if settings.compiles(ranks.device):
-            self.engine.compile(compile_kwargs={"dynamic": False})
+            # engine.compile() would have the compiler trace DeepSpeed's own hooks around the forward pass too
+            self.module.forward = torch.compile(self.module.forward, dynamic=False)
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
@@ -340,5 +342,6 @@ def _import() -> Any:
     check_versions(deepspeed.__version__, torch.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.nvtx.enable_nvtx = False  # two calls into the driver around each of its own
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     return deepspeed
