@@ -192,11 +192,13 @@ class Turn:
         fcntl.flock(self._lock, fcntl.LOCK_UN)
         self.held = False
 
-    def govern_compiler(self) -> None:
-        """Have what is compiled run, and its kernels measured, in turn."""
-        from torch._dynamo.callback import callback_handler
-        from torch._inductor.runtime.benchmarking import benchmarker
-
+    def governs_compiler(self) -> bool:
+        """Have what is compiled run, and its kernels measured, in turn; False where this torch has no such places."""
+        try:
+            from torch._dynamo.callback import callback_handler
+            from torch._inductor.runtime.benchmarking import benchmarker
+        except ImportError:
+            return False
         callback_handler.register_end_callback(self.take)
         theirs: Any = benchmarker
         measure = theirs.benchmark_gpu
@@ -211,6 +213,7 @@ class Turn:
                     self.leave()
 
         theirs.benchmark_gpu = alone
+        return True
 
 
 def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: float) -> dict[str, Any]:
@@ -228,9 +231,7 @@ def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: flo
     gpt = shape_of(case)
     with _kernel(case):
         step = _nanogpt(case, gpt, nanogpt, ranks) if case.engine == "nanogpt" else _ours(case, gpt, ranks)
-        if case.compile:
-            turn.govern_compiler()
-        else:
+        if not case.compile or not turn.governs_compiler():
             turn.take()
         step()
         _wait(cuda)
