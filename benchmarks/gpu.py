@@ -1,11 +1,16 @@
 """Training speed on one GPU, in under ten minutes: ours with and without DeepSpeed, nanoGPT, and what makes the speed.
 
-    python -m benchmarks.gpu [--nanogpt PATH] [--out benchmarks/results] [--seconds 4] [--budget 560]
+    python -m benchmarks.gpu [--nanogpt PATH] [--out benchmarks/results] [--seconds 2] [--budget 560]
+                             [--models 124M,1.3B,350M,760M] [--variants none | first | all]
 
-The card's own bf16 matmul rate; then for 124M, 350M, 760M and 1.3B in bf16, at the same batch: ZeRO-1, the torch
-engine, and nanoGPT compiled (PATH: a checkout of it). Then the torch engine with other settings: not compiled, other
-micro-batches, recomputation, the chunked loss; and by themselves the attention kernels and the ways to the loss.
-Medians over steps after the warm-up, on random tokens, without the data reading, checkpoints and tracking of a run.
+The card's own bf16 matmul rate; then for 124M, 1.3B, 350M and 760M in bf16, at the same batch: ZeRO-1, the torch
+engine, and nanoGPT compiled (PATH: a checkout of it). Then the torch engine with other settings: the vocabulary padded
+within the product, attention kernels, micro-batches, not compiled, recomputation, the chunked loss; and by themselves
+the attention kernels and the ways to the loss. Medians over steps after the warm-up, on random tokens, without the data
+reading, checkpoints and tracking of a run.
+
+A case is a process. Those of a group compile beside each other and take their first steps in turn; when all of them
+stand still they are timed one by one, the rest asleep. Each row is printed when it is there.
 
 MFU is (6 N + 12 L C T) operations per token x tokens/s over the card's dense bf16 peak: attention counted as dense, N
 without positions, the vocabulary not padded. What does not fit into --budget seconds is left out, and said to be.
@@ -15,16 +20,21 @@ Without a GPU the same program runs tiny models on the CPU, to show that it runs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import gc
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +47,10 @@ import configs
 from benchmarks.step import nanogpt_model
 from pretrain.engine.plain import Torch
 from pretrain.engine.zero import DeepSpeed
+from pretrain.memory import GIB, Shape, step_memory
 from pretrain.meter import peak_flops
 from pretrain.models.gpt import Gpt
-from pretrain.models.loss import chunked_loss, weighted_loss
-from pretrain.models.weights import initialize
+from pretrain.models.loss import LossPlan, chunked_loss, loss_plan, padded_product, plan_losses, weighted_loss
 from pretrain.objectives import NextToken
 from pretrain.optim import AdamW
 from pretrain.ranks import Ranks
@@ -48,6 +58,10 @@ from pretrain.ranks import Ranks
 VOCABULARY, NANOGPT_VOCABULARY = 50257, 50304  # nanoGPT pads its own
 FORMULA = "MFU = (6 N + 12 L C T) x tokens/s / peak: dense attention, N without positions, unpadded vocabulary"
 LEAST_S = 25.0  # that a case takes; none is begun with less left
+TOGETHER = 9  # cases that compile beside each other, on a core and a half or more each
+CONTEXT = 0.8 * GIB  # of the GPU's memory, for a process that stands still, beside its states
+COMPILING, ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}, {"OMP_NUM_THREADS": "1"}  # on a GPU, on a CPU
+RESERVE = 0.9  # of the GPU's memory is shared out between them; contexts and fragments take the rest
 
 
 @dataclass(frozen=True)
@@ -61,13 +75,18 @@ class Case:
     compile: bool = True
     recompute: str = "none"
     loss: str = "plain"
+    multiple: int | None = None  # rows of the output layer are padded to it within the product; None: by default
+    attention: str = ""  # the kernel, of those below; as torch chooses otherwise
+    tuned: bool = False  # torch.compile's mode max-autotune-no-cudagraphs
 
     @property
     def setting(self) -> str:
         """What differs from the rows before it."""
-        parts = ["compiled" if self.compile else "eager"]
+        parts = [("compiled, tuned" if self.tuned else "compiled") if self.compile else "eager"]
         parts += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         parts += [f"{self.loss} loss"] if self.loss != "plain" else []
+        parts += [f"vocabulary to {self.multiple}"] if self.multiple is not None else []
+        parts += [f"{self.attention} attention"] if self.attention else []
         return ", ".join(parts)
 
 
@@ -79,37 +98,167 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 2, "width": 64, "heads": 2, "context": 128},
 }
 ROWS = {"124M": 32, "350M": 16, "760M": 8, "1.3B": 8, "tiny": 4}  # the same for all three
+FIRST_VARIANTS = [
+    Case("124M", "torch", 32, multiple=128),
+    Case("124M", "torch", 32, attention="flash"),
+    Case("124M", "torch", 32, attention="cuDNN"),
+]
 VARIANTS = [
+    Case("124M", "torch", 64, multiple=128),
     Case("124M", "torch", 32, compile=False),
-    Case("124M", "torch", 64),
-    Case("124M", "torch", 64, loss="chunked"),
     Case("124M", "zero1", 32, micro_batches=8),
     Case("1.3B", "torch", 16, recompute="selective"),
+    Case("1.3B", "torch", 8, multiple=128),
+    Case("124M", "torch", 64),
+    Case("124M", "torch", 64, loss="chunked"),
     Case("1.3B", "torch", 16, recompute="full"),
     Case("1.3B", "torch", 4),
+    Case("124M", "torch", 32, multiple=128, tuned=True),
 ]
-TINY_VARIANTS = [Case("tiny", "torch", 4, compile=False, recompute="full", loss="chunked")]
+TINY_VARIANTS = [Case("tiny", "torch", 4, compile=False, recompute="full", loss="chunked", attention="plain products")]
 
 
-def cases(sizes: list[str], nanogpt: bool, compile: bool) -> list[Case]:
-    """Every size with every engine, at the same batch."""
+def cases(sizes: list[str], nanogpt: bool, compile: bool, variants: str = "none") -> list[Case]:
+    """Every size with every engine, at the same batch; the first variants after the first size, the rest at the end."""
     engines = ["zero1", "torch", *(["nanogpt"] if nanogpt else [])]
-    return [Case(size, engine, ROWS[size], compile=compile) for size in sizes for engine in engines]
+    wanted: list[Case] = []
+    for i, size in enumerate(sizes):
+        wanted += [Case(size, engine, ROWS[size], compile=compile) for engine in engines]
+        if i == 0 and variants != "none":
+            wanted += [case for case in FIRST_VARIANTS if case.model in sizes]
+    return wanted + ([case for case in VARIANTS if case.model in sizes] if variants == "all" else [])
+
+
+def shape_of(case: Case) -> Gpt:
+    """The model of a case."""
+    vocabulary = 509 if case.model == "tiny" else VOCABULARY
+    return configs.build(Gpt, {"vocab_size": vocabulary, **SIZES[case.model]}, "benchmark")
+
+
+def engine_of(case: Case, cuda: bool) -> Torch | DeepSpeed:
+    """The engine's settings of a case."""
+    settings: dict[str, Any] = {
+        "precision": "bf16" if cuda else "fp32",
+        "compile": case.compile, "recompute": case.recompute, "loss": case.loss,
+    }  # fmt: skip
+    if case.engine.startswith("zero"):
+        return configs.build(DeepSpeed, {**settings, "zero_stage": int(case.engine[-1])}, "benchmark")
+    return configs.build(Torch, settings, "benchmark")
+
+
+def expected_bytes(case: Case, cuda: bool) -> tuple[float, float]:
+    """What a case is expected to hold between steps, and at their peak; nanoGPT's autocast a quarter more than ours."""
+    engine, gpt = engine_of(case, cuda), shape_of(case)
+    loss = loss_plan(engine.loss, torch.device("cuda" if cuda else "cpu"))
+    memory = step_memory(Shape.of(gpt), engine, 1, case.rows * gpt.context, loss, case.compile)
+    held = memory.weights + memory.gradients + memory.optimizer
+    return held * 1.05 + CONTEXT, memory.total * (1.3 if case.engine == "nanogpt" else 1.1) + CONTEXT
+
+
+def groups(wanted: list[Case], capacity: float, cuda: bool) -> list[list[Case]]:
+    """The cases in their order. The first size is a group, that its rows come soon; then as many as fit in memory."""
+    cut: list[list[Case]] = []
+    held, above = 0.0, 0.0  # of the last group: what all hold, and the most that one of them needs for a moment
+    for case in wanted:
+        between, peak = expected_bytes(case, cuda)
+        fits = held + between + max(above, peak - between) <= capacity
+        another = len(cut) == 1 and case.model != cut[0][0].model
+        if not cut or not fits or another or len(cut[-1]) == TOGETHER:
+            cut.append([])
+            held = above = 0.0
+        cut[-1].append(case)
+        held, above = held + between, max(above, peak - between)
+    return cut
 
 
 # --- a case -------------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, seconds: float, nanogpt: Path | None, ranks: Ranks, begun: float) -> dict[str, Any]:
-    """Run one case in this process; its row. `begun`: when the process did."""
+class Turn:
+    """One process at a time has the GPU: for a first step, or for its compiler to measure kernels."""
+
+    def __init__(self, lock: Path) -> None:
+        self._lock = lock.open("a")
+        self.held = False
+
+    def take(self, *_: Any) -> None:
+        """Wait for it, unless it is held."""
+        if not self.held:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.held = True
+
+    def leave(self) -> None:
+        """The next one's."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self.held = False
+
+    def governs_compiler(self) -> bool:
+        """Have what is compiled run, and its kernels measured, in turn; False where this torch has no such places."""
+        try:
+            from torch._dynamo.callback import callback_handler
+            from torch._inductor.runtime.benchmarking import benchmarker
+        except ImportError:
+            return False
+        callback_handler.register_end_callback(self.take)
+        theirs: Any = benchmarker
+        measure = theirs.benchmark_gpu
+
+        def alone(*arguments: Any, **named: Any) -> Any:
+            held = self.held
+            self.take()
+            try:
+                return measure(*arguments, **named)
+            finally:
+                if not held:
+                    self.leave()
+
+        theirs.benchmark_gpu = alone
+        return True
+
+
+def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: float) -> dict[str, Any]:
+    """One case in this process: its first step, then, at a line on stdin, its timing; its row.
+
+    `begun`: when the process did.
+    """
+    if case.tuned:
+        import torch._inductor.config
+
+        inductor: Any = torch._inductor.config
+        inductor.max_autotune = inductor.coordinate_descent_tuning = True
+    ranks = Ranks.join()
     cuda = ranks.device.type == "cuda"
-    vocabulary = 509 if case.model == "tiny" else VOCABULARY
-    gpt = configs.build(Gpt, {"vocab_size": vocabulary, **SIZES[case.model]}, "benchmark")
-    step = _nanogpt(case, gpt, nanogpt, ranks) if case.engine == "nanogpt" else _ours(case, gpt, ranks)
-    tokens = case.rows * gpt.context * case.micro_batches
-    step()
-    _wait(cuda)
-    first = time.perf_counter() - begun
+    gpt = shape_of(case)
+    with _kernel(case):
+        step = _nanogpt(case, gpt, nanogpt, ranks) if case.engine == "nanogpt" else _ours(case, gpt, ranks)
+        if not case.compile or not turn.governs_compiler():
+            turn.take()
+        step()
+        _wait(cuda)
+        first = time.perf_counter() - begun
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()  # for those beside it
+        turn.leave()
+        print("READY", flush=True)
+        sys.stdin.readline()
+        times = _timed(step, seconds, cuda)
+    rate = case.rows * gpt.context * case.micro_batches / statistics.median(times)
+    peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
+    return {
+        **asdict(case),
+        "tokens_per_s": rate,
+        "mfu": None if peak is None else rate * gpt.flops_per_token(gpt.context) / peak,
+        "step_ms": 1e3 * statistics.median(times),
+        "spread_ms": 1e3 * statistics.pstdev(times),
+        "steps": len(times),
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
+        "first_step_s": first,
+    }
+
+
+def _timed(step: Callable[[], object], seconds: float, cuda: bool) -> list[float]:
+    """What the steps of so many seconds took, ten at least, after a warm-up of three."""
     for _ in range(3):
         step()
     times: list[float] = []
@@ -121,18 +270,13 @@ def measure(case: Case, seconds: float, nanogpt: Path | None, ranks: Ranks, begu
         step()
         _wait(cuda)
         times.append(time.perf_counter() - start)
-    rate = tokens / statistics.median(times)
-    peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
-    return {
-        **asdict(case),
-        "tokens_per_s": rate,
-        "mfu": None if peak is None else rate * gpt.flops_per_token(gpt.context) / peak,
-        "step_ms": 1e3 * statistics.median(times),
-        "spread_ms": 1e3 * statistics.pstdev(times),
-        "steps": len(times),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "first_step_s": first,
-    }
+    return times
+
+
+def _kernel(case: Case) -> Any:
+    """The attention kernel of a case, for what is traced and what is run."""
+    backend = ATTENTION[case.attention] if case.attention else None
+    return contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
 
 
 def _wait(cuda: bool) -> None:
@@ -141,17 +285,16 @@ def _wait(cuda: bool) -> None:
 
 
 def _ours(case: Case, gpt: Gpt, ranks: Ranks) -> Callable[[], object]:
-    model, optim = gpt.build(), AdamW(lr_peak=1e-4)
-    initialize(model, 1)
-    settings: dict[str, Any] = {
-        "precision": "bf16" if ranks.device.type == "cuda" else "fp32",
-        "compile": case.compile, "recompute": case.recompute, "loss": case.loss,
-    }  # fmt: skip
-    if case.engine == "torch":
-        engine: Any = configs.build(Torch, settings, "benchmark").build(model, optim, ranks)
-    else:
-        settings["zero_stage"] = int(case.engine[-1])
-        engine = configs.build(DeepSpeed, settings, "benchmark").build(model, optim, ranks)
+    optim = AdamW(lr_peak=1e-4)
+    with ranks.device:
+        model = gpt.build()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=model.initial_std(name))
+    engine: Any = engine_of(case, ranks.device.type == "cuda").build(model, optim, ranks)
+    if case.multiple is not None:
+        plan: LossPlan = engine.module.lm_head.plan
+        plan_losses(engine.module, replace(plan, multiple=case.multiple))
     rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
     batch = NextToken().batch(rows, torch.full((case.rows,), gpt.context, device=ranks.device))
     count = case.rows * gpt.context * case.micro_batches
@@ -260,8 +403,14 @@ def loss_rates(device: str) -> list[str]:
         return weighted_loss(hidden @ weight.t(), targets, weights)
 
     ways: dict[str, Callable[[], Tensor]] = {"plain": plain}
+
+    def padded() -> Tensor:
+        return weighted_loss(padded_product(hidden, weight, 128), targets, weights)
+
+    ways["padded to 128"] = padded
     if device == "cuda":
         ways["plain, compiled"] = torch.compile(plain, dynamic=False)
+        ways["padded to 128, compiled"] = torch.compile(padded, dynamic=False)
     for chunk in (tokens // 16, tokens // 4):
 
         def chunked(chunk: int = chunk) -> Tensor:
@@ -314,9 +463,10 @@ def line(row: dict[str, Any]) -> str:
     return f"{shape} {speed} | {memory} | {row['first_step_s']:.0f} |"
 
 
-def costs(rows: list[dict[str, Any]]) -> list[str]:
+def costs(rows: list[dict[str, Any]], compiled: bool = True) -> list[str]:
     """What DeepSpeed costs, and how far ahead of nanoGPT we are, by size, from the rows at the same batch."""
-    by_case = {(r["model"], r["engine"]): r for r in reversed(rows) if "step_ms" in r and r["micro_batches"] == 1}
+    done = [(Case(**{f: r[f] for f in Case.__dataclass_fields__}), r) for r in rows if "step_ms" in r]
+    by_case = {(c.model, c.engine): r for c, r in done if c == Case(c.model, c.engine, ROWS[c.model], compile=compiled)}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         torch_, zero, theirs = (by_case.get((model, engine)) for engine in ("torch", "zero1", "nanogpt"))
@@ -327,19 +477,72 @@ def costs(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def run_case(case: Case, options: argparse.Namespace, timeout: float) -> dict[str, Any]:
-    """Run one case in a process of its own, as one that runs out of memory must not spoil the next."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--case", json.dumps(asdict(case))]
-    command += ["--seconds", str(options.seconds)] + (["--nanogpt", str(options.nanogpt)] if options.nanogpt else [])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {**asdict(case), "error": f"not done in {timeout:.0f} s"}
-    for printed in done.stdout.splitlines():
-        if printed.startswith("ROW "):
-            return dict(json.loads(printed[4:]))
-    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return {**asdict(case), "error": error[:160]}
+class Worker:
+    """The process of a case, as one that runs out of memory must not spoil the next."""
+
+    def __init__(self, case: Case, options: argparse.Namespace, place: Path) -> None:
+        self.case = case
+        self._log = (place / f"{id(self)}.log").open("w+")
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--case", json.dumps(asdict(case))]
+        command += ["--seconds", str(options.seconds), "--lock", str(place / "lock")]
+        command += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**(COMPILING if torch.cuda.is_available() else ONE_THREAD), **os.environ},
+        )  # fmt: skip
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for printed in self._process.stdout or []:
+            self._lines.put(printed.strip())
+        self._lines.put(None)
+
+    def expect(self, begin: str, until: float) -> tuple[str | None, str]:
+        """The rest of the next line that begins so; or None, and why there is none."""
+        while True:
+            try:
+                printed = self._lines.get(timeout=max(0.01, until - time.perf_counter()))
+            except queue.Empty:
+                return None, "not done in time"
+            if printed is None:
+                self._process.wait()
+                self._log.seek(0)
+                return None, ([x for x in self._log.read().strip().splitlines() if x] or ["no output"])[-1][:160]
+            if printed.startswith(begin):
+                return printed[len(begin) :], ""
+
+    def go(self, until: float) -> dict[str, Any]:
+        """Have it time itself; its row."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        row, error = self.expect("ROW ", until)
+        return {**asdict(self.case), "error": error} if row is None else dict(json.loads(row))
+
+    def end(self) -> None:
+        """Give its memory back."""
+        self._process.kill()
+        self._process.wait()
+
+
+def run_together(group: list[Case], options: argparse.Namespace, until: float) -> Iterator[dict[str, Any]]:
+    """Rows of cases that compile beside each other and are timed one by one."""
+    with tempfile.TemporaryDirectory() as place:
+        workers = [Worker(case, options, Path(place)) for case in group]
+        try:
+            timing = until - len(workers) * (options.seconds + 2)  # from when on those that are ready are timed
+            states = [worker.expect("READY", timing) for worker in workers]
+            for worker, (_, error) in zip(workers, states, strict=True):
+                if error:
+                    worker.end()
+            for worker, (_, error) in zip(workers, states, strict=True):
+                yield {**asdict(worker.case), "error": error} if error else worker.go(until)
+                worker.end()
+        finally:
+            for worker in workers:
+                worker.end()
 
 
 def main() -> None:
@@ -347,17 +550,20 @@ def main() -> None:
     begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--budget", type=float, default=560)
     parser.add_argument("--nanogpt", type=Path)
-    parser.add_argument("--models", default="124M,350M,760M,1.3B")
+    parser.add_argument("--models", default="124M,1.3B,350M,760M")
+    parser.add_argument("--variants", choices=["none", "first", "all"], default="all")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        case = Case(**json.loads(options.case))
-        print("ROW " + json.dumps(measure(case, options.seconds, options.nanogpt, Ranks.join(), begun)), flush=True)
-        os._exit(0)
     cuda = torch.cuda.is_available()
+    if options.case:
+        row = run(Case(**json.loads(options.case)), options.seconds, options.nanogpt, Turn(options.lock), begun)
+        print("ROW " + json.dumps(row))
+        sys.stdout.flush()
+        os._exit(0)  # DeepSpeed leaves a thread that aborts some exits
     device, name = ("cuda", torch.cuda.get_device_name()) if cuda else ("cpu", "CPU")
     text = [f"# One {name}, {datetime.date.today()}", "", f"`python -m benchmarks.gpu`, torch {torch.__version__}."]
     if cuda:
@@ -367,19 +573,22 @@ def main() -> None:
     text += [f"{FORMULA}.", f"bf16 matmul: {matmul_rate(8192 if cuda else 256, device):.3g} TFLOP/s.", ""]
     print("\n".join([*text, *HEAD]), flush=True)
     sizes = options.models.split(",") if cuda else ["tiny"]
-    wanted = cases(sizes, options.nanogpt is not None, compile=cuda)
-    wanted += [c for c in VARIANTS if c.model in sizes] if cuda else TINY_VARIANTS
-    ranks, rows = None if cuda else Ranks.join(), []
-    for case in wanted:
-        left = options.budget - (time.perf_counter() - begun)
-        if left < LEAST_S:
-            rows.append({**asdict(case), "error": "left out: out of time"})
-        elif ranks is None:
-            rows.append(run_case(case, options, left))
-        else:  # nothing runs out of memory here, and a process costs seconds
-            rows.append(measure(case, options.seconds, options.nanogpt, ranks, time.perf_counter()))
-        print(line(rows[-1]), flush=True)
-    parts = [*costs(rows), "", *attention_rates(device), "", *loss_rates(device)]
+    wanted = cases(sizes, options.nanogpt is not None, cuda, options.variants if cuda else "none")
+    wanted += [] if cuda else TINY_VARIANTS
+    capacity = RESERVE * torch.cuda.mem_get_info()[1] if cuda else 2.0 * GIB
+    rows: list[dict[str, Any]] = []
+    for group in groups(wanted, capacity, cuda):
+        until = begun + options.budget
+        if until - time.perf_counter() < LEAST_S:
+            made: Any = ({**asdict(case), "error": "left out: out of time"} for case in group)
+        else:
+            made = run_together(group, options, until)
+        for row in made:
+            rows.append(row)
+            print(line(row), flush=True)
+    parts = [*costs(rows, compiled=cuda), ""]
+    if options.budget - (time.perf_counter() - begun) > LEAST_S:
+        parts += [*attention_rates(device), "", *loss_rates(device)]
     print("\n".join(["", *parts]))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu_{name.replace(' ', '-')}_{datetime.date.today()}.md"

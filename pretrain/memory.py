@@ -22,7 +22,6 @@ from pretrain.run import TrainRun
 GIB = 2**30
 MASTER, MOMENTS, SUM = 4, 8, 4  # bytes per parameter: fp32 masters, both moments of Adam, fp32 sums of gradients
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 holds whole at once (stage3_max_live_parameters)
-FLATTENED = 500_000_000  # gradients that ZeRO-1 in bf16 copies into one tensor to send (MEMORY_OPT_ALLREDUCE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -157,15 +156,15 @@ def bucket_elements(engine: DeepSpeed, parameters: int) -> int:
 def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     """What is needed, above the states, while the gradients of a micro-batch are added up and reduced."""
     n, width = shape.parameters, width_of(engine)
+    last = float(width * shape.embedding)  # of the tied embedding, which gets two gradients, and their sum
     if not isinstance(engine, DeepSpeed):
-        last = width * shape.embedding  # of the tied embedding, which gets two gradients
-        return n * (width + SUM) if width == 2 else last
+        return n * width + 2 * last if width == 2 else last
     sent = min(n, bucket_elements(engine, n))
     copies = SUM * sent if width == 2 else 0  # gradients go in fp32
     if engine.zero_stage == 0:
         return float(SUM * sent)
     if _sums_whole(engine):
-        return float(n * width + SUM * min(n, FLATTENED))
+        return n * width + 2 * last
     if engine.zero_stage == 3:
         return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
     own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves

@@ -18,6 +18,7 @@ from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
 from pretrain.noise import Noise
 from pretrain.objectives import Batch
@@ -74,7 +75,8 @@ class PlainEngine:
         return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
 
     def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
-        self.gradient.zero_()
+        if not self.reduced:
+            self.gradient.zero_()  # backward adds to it
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
         scale = 1.0 if self.scale is None else self.scale.scale
         for i, batch in enumerate(batches):
@@ -86,22 +88,34 @@ class PlainEngine:
                 (loss if scale == 1 else loss * scale).backward()
                 total += loss.detach()
                 if self.reduced:
-                    self._accumulate()
+                    self._accumulate(first=i == 0)
         if self.ranks.size > 1:
             with self.timer.part("communication"):
                 dist.all_reduce(self.gradient)
         with self.timer.part("optimizer"):
-            norm = float(torch.linalg.vector_norm(self.gradient)) / scale
-            if not math.isfinite(norm):
-                return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
-            shrink = 1.0 / scale
-            if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
-                shrink *= self.optim.clip_norm / (norm + 1e-6)
-            if shrink != 1:
-                self.gradient.mul_(shrink)
-            self.optimizer.step()
-            self._refresh()
-        return Outcome(float(total), norm, applied=True, forward_s=self.timer.take())
+            applied, norm = (self._update_on_device if self.reduced else self._update)(scale)
+        return Outcome(float(total), norm, applied, forward_s=self.timer.take())
+
+    def _update(self, scale: float) -> tuple[bool, float]:
+        """Clip and step; whether the gradient was finite, and its norm."""
+        norm = float(torch.linalg.vector_norm(self.gradient)) / scale
+        if not math.isfinite(norm):
+            return False, norm
+        shrink = 1.0 / scale
+        if self.optim.clip_norm is not None and norm > self.optim.clip_norm:
+            shrink *= self.optim.clip_norm / (norm + 1e-6)
+        if shrink != 1:
+            self.gradient.mul_(shrink)
+        self.optimizer.step()
+        return True, norm
+
+    def _update_on_device(self, scale: float) -> tuple[bool, float]:
+        """The same, and the weights that compute brought up to date, without waiting for the norm before the end."""
+        norm = torch.linalg.vector_norm(self.gradient)
+        clipped_step(self.optimizer, norm, self.optim.clip_norm, scale)
+        self._refresh()
+        value = float(norm) / scale
+        return math.isfinite(value), value
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -132,13 +146,9 @@ class PlainEngine:
         self.scale = state.loss_scale
         self._refresh()
 
-    @torch.no_grad()
-    def _accumulate(self) -> None:
-        """Add the gradients of one micro-batch to the fp32 sum."""
-        grads = [p.grad for p in self.parameters]
-        torch._foreach_add_(self.gradients, [g.float() for g in grads if g is not None])
-        for parameter in self.parameters:
-            parameter.grad = None
+    def _accumulate(self, first: bool) -> None:
+        """Add the gradients of one micro-batch to the fp32 sum, which the first one overwrites."""
+        add_up(self.gradients, self.parameters, first)
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -22,6 +22,7 @@ from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation, Offload
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
 from pretrain.noise import Noise
 from pretrain.objectives import Batch
@@ -76,6 +77,7 @@ class DeepSpeed(Computation):
             "gradient_accumulation_steps": 1,  # nominal: the loop says which micro-batch is the last
             "gradient_clipping": clip_norm or 0.0,  # the default is 1.0 since 0.19.3
             "steps_per_print": 2**62,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before and after each micro-batch
             "bf16": {"enabled": self.precision == "bf16"},
             "fp16": {"enabled": self.precision == "fp16", "loss_scale_window": 2**62},  # the scale is ours to move
             "data_types": {"grad_accum_dtype": "fp32"},  # the default accumulates in the precision of the weights
@@ -126,10 +128,12 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module
+        self.averaged = 1 if _lighten(self.engine) else ranks.size  # ranks over which DeepSpeed takes the mean
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard decides
         if settings.compiles(ranks.device):
-            self.engine.compile(compile_kwargs={"dynamic": False})
+            # engine.compile() would have the compiler trace DeepSpeed's own hooks around the forward pass too
+            self.module.forward = torch.compile(self.module.forward, dynamic=False)
 
     def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
@@ -137,7 +141,7 @@ class ZeroEngine:
         return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
 
     def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
-        """DeepSpeed averages over ranks, so each rank's share is scaled up by their number."""
+        """Where DeepSpeed averages over ranks, each rank's share is scaled up by their number."""
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.cur_scale = self.scale.scale
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
@@ -148,7 +152,7 @@ class ZeroEngine:
             with self.timer.forward():
                 loss = self.engine(*batch)
             with self.timer.part("backward"):
-                self.engine.backward(loss * (self.ranks.size / count))
+                self.engine.backward(loss * (self.averaged / count))
                 total += loss.detach().float() / count
         with self.timer.part("optimizer"):
             norm = self._norm_without_zero() if self.settings.zero_stage == 0 else None
@@ -187,6 +191,51 @@ class ZeroEngine:
         """DeepSpeed gives no norm at stage 0: taken here from the reduced gradients, before it clips them."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
+
+
+def _lighten(engine: Any) -> bool:
+    """Take from DeepSpeed's optimizer of ZeRO 1 in bf16 what costs a GPU time; whether this is that optimizer.
+
+    It takes the norm tensor by tensor and waits for it on the host, twice; copies all gradients into another flat
+    tensor and back to reduce them, on one rank too; zeroes the sums twice a step; and adds an fp32 copy of each
+    gradient. Its tensors, and what lies where in them, stay as they are.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if type(engine.optimizer) is not BF16_Optimizer:
+        return False
+
+    class Lighter(BF16_Optimizer):  # type: ignore[misc]
+        @torch.no_grad()
+        def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
+            groups = zip(self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True)
+            for parameters, sums, has in groups:
+                add_up([t.view_as(p) for t, p in zip(sums, parameters, strict=True)], parameters, first=not any(has))
+                has[:] = [True] * len(has)
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            self.overflow = False  # the guard hears of it by the norm
+            if torch.distributed.get_world_size(self.dp_process_group) > 1:
+                for flat in self.fp32_groups_gradients_flat:
+                    torch.distributed.all_reduce(flat, group=self.dp_process_group)
+            norms = [torch.linalg.vector_norm(flat) for flat in self.fp32_groups_gradients_flat]
+            self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
+            pairs = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True)
+            for master, gradient in pairs:
+                master.grad = gradient
+            clipped_step(self.optimizer, self._global_grad_norm, self.clip_grad or None)
+            self._lazy_init_hp_params_optimizer_state()
+            self.update_lp_params()
+            self.clear_hp_grads()
+
+        def clear_hp_grads(self) -> None:
+            for has in self.fp32_groups_has_gradients:
+                has[:] = [False] * len(has)  # the next micro-batch overwrites the sums
+
+    engine.optimizer.__class__ = Lighter
+    engine.enable_backward_allreduce = False  # it is done in `step`
+    return True
 
 
 class _Flats:
@@ -293,5 +342,6 @@ def _import() -> Any:
     check_versions(deepspeed.__version__, torch.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.utils.nvtx.enable_nvtx = False  # two calls into the driver around each of its own
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     return deepspeed

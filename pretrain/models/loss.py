@@ -25,6 +25,7 @@ class LossPlan:
 
     whole_bytes: float = math.inf  # a micro-batch with no more than this is taken whole
     chunk_bytes: int = CHUNK_BYTES["cuda"]  # of larger ones
+    multiple: int = 1  # whole micro-batches have a product of so many columns, or a multiple; the loss sees V of them
 
     def chunk_tokens(self, tokens: int, vocabulary: int) -> int:
         """Of how many tokens the logits are made at a time: all, or a multiple of 128 that `chunk_bytes` holds."""
@@ -61,8 +62,19 @@ class Head(nn.Linear):
         tokens = targets.numel()
         chunk = self.plan.chunk_tokens(tokens, self.out_features)
         if chunk >= tokens or self.bias is not None:
-            return weighted_loss(super().forward(x), targets, weights)
+            padded = self.plan.multiple > 1 and self.bias is None
+            logits = padded_product(x, self.weight, self.plan.multiple) if padded else super().forward(x)
+            return weighted_loss(logits, targets, weights)
         return chunked_loss(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(), chunk)
+
+
+def padded_product(x: Tensor, weight: Tensor, multiple: int) -> Tensor:
+    """x [..., C] @ weight [V, C]^T -> [..., V], with rows of zeros below the weight up to a multiple.
+
+    A GPU's fast kernels want rows of 16 bytes or a multiple, and GPT-2's 50,257 logits are not.
+    """
+    rows = weight.size(0)
+    return F.linear(x, F.pad(weight, (0, 0, 0, -rows % multiple)))[..., :rows]
 
 
 def plan_losses(model: nn.Module, plan: LossPlan) -> None:

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from configs import build
+from pretrain.engine import EngineSettings
 from pretrain.engine.plain import Torch
 from pretrain.engine.zero import DeepSpeed
 from pretrain.models.gpt import Gpt
+from tests.gpu import on_gpu
 from tests.pretrain.engine import cases
-from tests.pretrain.fitted import after_trials
-from tests.pretrain.tracked import gpu_peak
 from tests.processes import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 
 SMALL = Gpt(layers=12, width=768, heads=12, context=1024, vocab_size=50257)
+ROWS = 16
+PLAIN = {"precision": "bf16", "compile": False, "loss": "plain"}
+ENGINES: dict[str, EngineSettings] = {
+    "torch": build(Torch, PLAIN, "test"),
+    "torch, full": build(Torch, {**PLAIN, "recompute": "full"}, "test"),
+    "torch, selective, chunked": build(Torch, {**PLAIN, "recompute": "selective", "loss": "chunked"}, "test"),
+    "torch, compiled": build(Torch, {**PLAIN, "compile": True}, "test"),
+    **{f"zero{s}": build(DeepSpeed, {**PLAIN, "zero_stage": s}, "test") for s in (1, 2, 3)},
+    "zero1, full": build(DeepSpeed, {**PLAIN, "zero_stage": 1, "recompute": "full"}, "test"),
+}
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        (Torch, {"compile": False, "loss": "plain"}),
-        (Torch, {"compile": True, "loss": "plain"}),
-        (Torch, {"compile": False, "loss": "chunked"}),
-        (DeepSpeed, {"compile": False, "loss": "plain", "zero_stage": 1}),
-        (DeepSpeed, {"compile": False, "loss": "plain", "zero_stage": 2}),
-        (DeepSpeed, {"compile": False, "loss": "plain", "zero_stage": 3}),
-    ],
-)
-def test_the_peak_is_what_the_gpu_counts(kind: Any, more: dict[str, Any], recompute: str, tmp_path: Path) -> None:
-    engine = build(kind, {"precision": "bf16", "recompute": recompute, **more}, "test")
-    ((measured, expected),) = on_ranks(tmp_path, 1, gpu_peak, SMALL, engine, 16, 1024)
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int] | str]:
+    return on_ranks(tmp_path_factory.mktemp("peaks"), 1, on_gpu.peaks, SMALL, ENGINES, ROWS)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_the_peak_is_what_the_gpu_counts(name: str, peaks: dict[str, tuple[int, int] | str]) -> None:
+    found = peaks[name]
+    assert not isinstance(found, str), found
+    measured, expected = found
     assert expected == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["torch", "deepspeed"])
-def test_trials_leave_no_trace(kind: str, tmp_path: Path) -> None:
-    failing = "fit.step#12=oom"
-    ((rows, engines, after, untouched),) = on_ranks(tmp_path, 1, after_trials, cases.settings(kind, "bf16"), failing)
-    assert (rows, engines) == (6, 2)
-    assert after == pytest.approx(untouched, abs=1e-3)
+def test_trials_leave_no_trace(tmp_path_factory: pytest.TempPathFactory) -> None:
+    engines = {"torch": cases.settings("torch", "bf16"), "zero1": cases.settings("deepspeed", "bf16")}
+    (found,) = on_ranks(tmp_path_factory.mktemp("trials"), 1, on_gpu.trials, engines, "fit.step#12=oom")
+    for name, result in found.items():
+        assert not isinstance(result, str), f"{name}: {result}"
+        rows, built, after, untouched = result
+        assert (rows, built) == (6, 2), name
+        assert after == pytest.approx(untouched, abs=1e-3), name

@@ -174,6 +174,7 @@ def test_the_derived_dict() -> None:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},
         "bf16": {"enabled": True},
         "fp16": {"enabled": False, "loss_scale_window": 2**62},
         "data_types": {"grad_accum_dtype": "fp32"},
