@@ -222,9 +222,8 @@ def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: flo
     `begun`: when the process did.
     """
     if case.tuned:
-        import torch._inductor.config
+        from torch._inductor import config as inductor
 
-        inductor: Any = torch._inductor.config
         inductor.max_autotune = inductor.coordinate_descent_tuning = True
     ranks = Ranks.join()
     cuda = ranks.device.type == "cuda"

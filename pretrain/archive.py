@@ -24,7 +24,6 @@ from pydantic import AfterValidator, Field
 from configs import ConfigError, Float, Int, Section
 from data_pipeline.failpoints import fail_at
 from data_pipeline.shards import sync_folder, write_durably
-from data_pipeline.sources.remote import s3_options
 
 log = logging.getLogger("pretrain")
 
@@ -61,6 +60,8 @@ def _s3() -> Any:
         from obstore.fsspec import FsspecStore
     except ImportError:
         raise ImportError("s3:// needs obstore: pip install 'longhaul[s3]'") from None
+    from data_pipeline.sources.remote import s3_options
+
     return FsspecStore("s3", **s3_options())
 
 
