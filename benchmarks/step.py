@@ -1,9 +1,9 @@
 """One training step on the CPU: ours against a bare torch loop, nanoGPT, litGPT; DeepSpeed's own cost, and by cause.
 
-    python -m benchmarks.step [--rounds 5] [--nanogpt PATH] [--litgpt SITE-PACKAGES] [--out benchmarks/results]
-    python -m benchmarks.step --pair      two ranks: ZeRO-1 against torch's DDP
-    python -m benchmarks.step --profile   where DeepSpeed's milliseconds go
+    python -m benchmarks.step [--rounds 5] [--nanogpt PATH] [--litgpt SITE-PACKAGES] [--out benchmarks]
+    python -m benchmarks.step --only steps | pair | causes
 
+Three tables: steps in one process; two ranks, ZeRO-1 against torch's DDP; where DeepSpeed's milliseconds go.
 One shape, stated once: 11.6 M parameters in the proportions of GPT-2 124M (configs/model/gpt2-10m.yaml), 16,384 tokens
 per step in micro-batches of 4 rows of 512, fp32, AdamW (torch's fused kernel for all), clipping at 1.0, random tokens.
 All take a step in turn, in one process; the order turns with the round. Given is the median of each one's times, and
@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -342,16 +342,20 @@ def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
     return "\n".join(lines)
 
 
+def why(options: argparse.Namespace) -> str:
+    """The table of causes."""
+    torch.set_num_threads(options.threads)
+    return causes(shape(options.tiny), Ranks.join(), options.rounds)
+
+
 def alone(options: argparse.Namespace) -> str:
-    """One process, all cores: the table of steps, or of causes."""
+    """One process, all cores: the table of steps."""
     gpt = shape(options.tiny)
     fed = batches(gpt)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks.join()
         settings = Torch(precision="fp32")
-        if options.profile:
-            return causes(gpt, ranks, options.rounds)
         subjects = {
             "torch engine": engine(settings, gpt, ranks, fed),
             "torch engine in our loop": whole_loop(gpt, ranks, Path(folder)),
@@ -405,23 +409,52 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--litgpt", type=Path)
-    parser.add_argument("--pair", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--only", choices=list(PARTS), help="one of the three tables")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     options = parser.parse_args()
-    text = one_of_two(options) if options.rank else paired(options) if options.pair else alone(options)
+    if options.rank:
+        _leave(one_of_two(options))
+    if options.only:
+        _leave(PARTS[options.only](options))
+    gpt, begun = shape(options.tiny), time.perf_counter()
+    text = [
+        f"# One training step, {hardware()}, {datetime.date.today()}",
+        "",
+        f"`python -m benchmarks.step`: {gpt.parameter_count():,} parameters, {ROWS * gpt.context:,} tokens per step in "
+        f"micro-batches of {MICRO_ROWS * gpt.context:,}, fp32, {options.rounds} rounds, torch {torch.__version__}, "
+        f"{options.threads} threads.",
+    ]
+    for part in PARTS:  # each in a process of its own: what lives there is part of what is measured
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.step", "--only", part, *sys.argv[1:]],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.startswith("|") or not line]
+        text += ["", f"## {TITLES[part]}", "", *lines]
+        print("\n".join([f"## {TITLES[part]}", *lines]), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"step_{hardware()}_{datetime.date.today()}.md"
+    path.write_text("\n".join([*text, "", f"Taken in {time.perf_counter() - begun:.0f} s."]) + "\n")
+    print(f"\n{path}", flush=True)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], str]] = {"steps": alone, "pair": paired, "causes": why}
+TITLES = {
+    "steps": "One process",
+    "pair": "Two ranks of one thread",
+    "causes": "DeepSpeed's own cost, one process",
+}
+
+
+def hardware() -> str:
+    """This machine in a file's name."""
+    return f"CPU-{os.cpu_count()}-cores"
+
+
+def _leave(text: str) -> NoReturn:
     print(text, flush=True)
-    if not options.rank:
-        gpt, what = shape(options.tiny), "pair" if options.pair else "profile" if options.profile else "steps"
-        head = (
-            f"`python -m benchmarks.step`, {what}: {gpt.parameter_count():,} parameters, {ROWS * gpt.context:,} tokens "
-            f"per step, fp32, torch {torch.__version__}, {options.threads} threads, {datetime.date.today()}."
-        )
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"step-{what}.md").write_text(f"{head}\n\n{text}\n")
-    sys.stdout.flush()
     os._exit(0)  # DeepSpeed leaves a thread that aborts some exits
 
 

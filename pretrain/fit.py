@@ -10,7 +10,12 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -20,6 +25,7 @@ from data_pipeline.failpoints import fail_at
 from pretrain.engine import Engine
 from pretrain.engine.scale import LossScale
 from pretrain.engine.state import MASTER
+from pretrain.guard import OUT_OF_MEMORY
 from pretrain.memory import Shape, evened, is_out_of_memory, largest_micro_batch
 from pretrain.models.loss import loss_plan
 from pretrain.optim import Rates
@@ -28,6 +34,8 @@ from pretrain.run import TrainRun
 
 log = logging.getLogger("pretrain")
 
+GRACE_S = 60.0  # for the others to be done with a step in which one rank ran out of memory: they may still compile
+POLL_S = 0.2
 ROOM = {"cuda": 0.95, "cpu": 0.8}  # of what is free: gaps between blocks; read-ahead, open shards and the page cache
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -39,8 +47,8 @@ def estimate(run: TrainRun, ranks: Ranks) -> int:
     sharing = 1 if device.type == "cuda" else max(ranks.hosts.count(host) for host in ranks.hosts)
     each = math.ceil(run.batch_seqs / ranks.size)
     fits = largest_micro_batch(
-        Shape.of(run.model), engine, ranks.size, run.data.seq_tokens, each, min(places) / sharing,
-        loss_plan(engine.loss, device), engine.compiles(device),
+        Shape.of(run.model, device.type, run.data.seq_tokens), engine, ranks.size, run.data.seq_tokens, each,
+        min(places) / sharing, loss_plan(engine.loss, device), engine.compiles(device),
     )  # fmt: skip
     if fits == 0 and ranks.rank == 0:
         log.warning("micro_batch_seqs: fit: by arithmetic not even one sequence fits; trying one")
@@ -57,7 +65,12 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
     low, high = 0, len(sizes) - 1  # sizes[0] is left to be taken untried: there is none below it
     middle = high
     while low < high:
-        if all(ranks.gather(_fits(run, ranks, engine, sizes[middle]))):
+        with _Together(ranks, sizes[middle], sizes[middle - 1]) as trial:
+            fits = _fits(run, ranks, engine, sizes[middle])
+            if not fits:
+                trial.failed()
+            all_fit = all(ranks.gather(fits))
+        if all_fit:
             low = middle
         else:
             high = middle - 1
@@ -68,6 +81,61 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
             engine = build()
         middle = (low + high + 1) // 2
     return sizes[low], engine
+
+
+class _Together:
+    """One trial on every rank. A rank that alone runs out of memory may leave the others waiting in a collective.
+
+    It says so in the store of the rendezvous, where a thread of every rank looks; where the ranks have not come
+    together a while later, each of them ends with the exit code of no memory, and the size to try instead.
+    """
+
+    _count = 0
+
+    def __init__(self, ranks: Ranks, rows: int, fewer: int) -> None:
+        _Together._count += 1
+        self._key = f"fit/{_Together._count}"
+        self._ranks, self._rows, self._fewer = ranks, rows, fewer
+        self._over = threading.Event()
+        self._says = False
+        self._failed: str | None = None  # the rank that ran out of memory
+        self._thread = threading.Thread(target=self._watch, name="longhaul-fit", daemon=True)
+
+    def __enter__(self) -> _Together:
+        if self._ranks.size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._failed is not None:
+            self._thread.join(GRACE_S + 5)  # another rank has gone first: this one's end is as theirs
+        self._over.set()
+
+    def failed(self) -> None:
+        """This rank ran out of memory."""
+        self._says = True
+
+    def _watch(self) -> None:
+        store = self._ranks.another_store(timedelta(seconds=GRACE_S))
+        while store is not None and self._failed is None:
+            if self._says:
+                store.set(self._key, str(self._ranks.rank))
+            if store.check([self._key]):
+                self._failed = store.get(self._key).decode()
+            elif self._over.wait(POLL_S):
+                return
+        if store is not None and not self._over.wait(GRACE_S):
+            self._end(str(self._failed))
+
+    def _end(self, rank: str) -> None:
+        log.error(
+            "micro_batch_seqs: fit: rank %s alone ran out of memory in a step of %d sequences, and the others wait for "
+            "it in a collective; expected a micro-batch that every rank holds: set micro_batch_seqs=%d",
+            rank, self._rows, self._fewer,
+        )  # fmt: skip
+        time.sleep(2 * POLL_S)  # the launcher ends all ranks with the first: let them write
+        sys.stderr.flush()
+        os._exit(OUT_OF_MEMORY)
 
 
 def _fits(run: TrainRun, ranks: Ranks, engine: Engine, rows: int) -> bool:

@@ -58,15 +58,26 @@ class Shape:
     vocabulary: int
     inner: int  # width of the MLP
     dropout: bool
+    matrix: int = 0  # elements per token of the attention matrices of all layers, where they are held
 
     @staticmethod
-    def of(model: Model) -> Shape:
-        """The shape of a model."""
+    def of(model: Model, kind: str = "cuda", seq_tokens: int = 0) -> Shape:
+        """The shape of a model, and of what it holds on a device of a kind, cuda or cpu, in sequences of that length.
+
+        On a CPU attention with dropout has no fused kernel, and holds its matrix.
+        """
         inner = model.mlp_ratio * model.width
         return Shape(
             model.parameter_count(), model.vocab_size * model.width, model.layers, model.width, model.heads,
-            model.vocab_size, inner, model.dropout > 0,
+            model.vocab_size, inner, model.dropout > 0, held_matrix(model, kind, seq_tokens),
         )  # fmt: skip
+
+
+def held_matrix(model: Model, kind: str, seq_tokens: int) -> int:
+    """Elements per token of the attention matrices that all layers hold on a device of a kind, cuda or cpu."""
+    if kind != "cpu" or model.dropout == 0:
+        return 0
+    return model.heads * sum(min(2 * (band or seq_tokens), seq_tokens) for band in model.bands)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -179,20 +190,24 @@ def _kept_per_token(shape: Shape, width: int, recompute: str) -> float:
     """
     c, inner = shape.width, shape.inner
     sums = 4 * shape.heads
+    matrix = {"none": 13, "selective": 5, "full": 0}[recompute] * shape.matrix  # softmax in fp32, dropped, and the mask
     if recompute == "full":
         block = float(width * c)
     elif recompute == "selective":  # what enters, and every product's result
         block = width * (6 * c + inner) + sums
     else:
         block = width * (8 * c + 2 * inner) + sums + 16 + (2 * c if shape.dropout else 0)
-    return shape.layers * block + 2 * width * c + 40  # the last norm, before and after; tokens, targets, weights
+    return (
+        shape.layers * block + matrix + 2 * width * c + 40
+    )  # the last norm, before and after; tokens, targets, weights
 
 
 def _block_per_token(shape: Shape, width: int, recompute: str) -> float:
     """Bytes of a token while one block's backward runs: what is computed again, and gradients of activations."""
     c, inner = shape.width, shape.inner
     again = {"none": 0, "selective": 10 * c + 2 * inner, "full": 7 * c + 2 * inner}[recompute]
-    return float(width * (again + c + inner - 2 * c))  # the last norm's results have gone
+    matrix = {"none": 0, "selective": 3, "full": 13}[recompute] * shape.matrix / shape.layers
+    return float(width * (again + c + inner - 2 * c)) + matrix  # the last norm's results have gone
 
 
 def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles: bool) -> float:
@@ -239,7 +254,8 @@ def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Me
     rows = min(rows, -(-run.batch_seqs // ranks))
     accumulates = rows * ranks < run.batch_seqs
     tokens, compiles = rows * run.data.seq_tokens, run.engine.compiles(device)
-    return step_memory(Shape.of(run.model), run.engine, ranks, tokens, loss, compiles, accumulates)
+    shape = Shape.of(run.model, device.type, run.data.seq_tokens)
+    return step_memory(shape, run.engine, ranks, tokens, loss, compiles, accumulates)
 
 
 LABELS = {"optimizer": "masters and moments", "logits": "logits and loss"}

@@ -7,8 +7,9 @@ that card, and the bytes that ranks send each other at the rates of data sheets.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from pretrain.memory import (
     Memory,
     Shape,
     evened,
+    held_matrix,
     largest_micro_batch,
     loss_plan_on,
     step_memory,
@@ -36,7 +38,6 @@ from pretrain.memory import (
 from pretrain.meter import PEAK_FLOPS, duration
 from pretrain.models.gpt import Gpt
 from pretrain.models.loss import LossPlan
-from pretrain.preflight import matmul_tflops
 from pretrain.run import TrainRun, load_run
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ STATE_BYTES = 12  # of a parameter in a checkpoint: master and moments
 GPU_HOURS_PER_FAULT = 16_384 * 54 * 24 / 419
 FAULT_SOURCE = "Dubey et al. 2024, Llama 3, table 5: 419 unexpected interruptions of 16,384 GPUs in 54 days"
 RECOMPUTED = {"none": 1.0, "selective": 1.07, "full": 4 / 3}  # Korthikanti et al. 2022, table 4; one forward of three
-CPU_SHARE = 0.6  # of the rate of a small product that a step reaches on a CPU; rough, and not published
+TRIAL = {"layers": 2, "heads": 4, "context": 256, "vocab_size": 2048}  # of a small step that is timed on a CPU
 HOST_GIB = 1500.0  # of a node of eight GPUs, as DGX have at least
 HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank's share of a host updates
 TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
@@ -268,9 +269,9 @@ def make_plan(run: TrainRun, hardware: Hardware) -> Plan:
     configured = task.choice(run.engine, hardware)
     advised, reason = task.advise(hardware)
     engine = _engine_of(run.engine, advised)
-    tokens = max(1, advised.micro_batch_seqs) * run.data.seq_tokens
+    tokens, there = max(1, advised.micro_batch_seqs) * run.data.seq_tokens, task.shape_on(hardware)
     by_recompute = {
-        kind: step_memory(shape, engine.model_copy(update={"recompute": kind}), hardware.ranks, tokens,
+        kind: step_memory(there, engine.model_copy(update={"recompute": kind}), hardware.ranks, tokens,
                           task.loss(engine, hardware), task.compiles(engine, hardware))
         for kind in ("none", "selective", "full")
     }  # fmt: skip
@@ -289,6 +290,10 @@ class _Task:
     def __init__(self, run: TrainRun, shape: Shape, flops: int) -> None:
         self.run, self.shape, self.flops = run, shape, flops
 
+    def shape_on(self, hardware: Hardware) -> Shape:
+        """The model's shape, and what attention holds there."""
+        return replace(self.shape, matrix=held_matrix(self.run.model, hardware.kind, self.run.data.seq_tokens))
+
     def loss(self, engine: EngineSettings, hardware: Hardware) -> LossPlan:
         """How the loss is taken there."""
         return loss_plan_on(engine, hardware.kind, hardware.memory)
@@ -302,11 +307,10 @@ class _Task:
         loss, compiles = self.loss(engine, hardware), self.compiles(engine, hardware)
         each = math.ceil(self.run.batch_seqs / hardware.ranks)
         seq_tokens = self.run.data.seq_tokens
-        fits = largest_micro_batch(
-            self.shape, engine, hardware.ranks, seq_tokens, each, hardware.room, loss, compiles
-        )  # fmt: skip
+        shape = self.shape_on(hardware)
+        fits = largest_micro_batch(shape, engine, hardware.ranks, seq_tokens, each, hardware.room, loss, compiles)
         rows = evened(fits, each) if fits else 0
-        memory = step_memory(self.shape, engine, hardware.ranks, max(1, rows) * seq_tokens, loss, compiles)
+        memory = step_memory(shape, engine, hardware.ranks, max(1, rows) * seq_tokens, loss, compiles)
         if memory.host * hardware.gpus_per_node > HOST_GIB * GIB and hardware.kind == "cuda":
             rows = 0
         seconds, sent = self._step_s(engine, hardware, max(1, rows))
@@ -369,7 +373,7 @@ class _Task:
     def rate(self, engine: EngineSettings, hardware: Hardware) -> float:
         """The operations per second that one rank computes."""
         if hardware.gpu == "cpu":
-            return CPU_SHARE * 1e12 * _cpu_tflops(engine.precision)
+            return 1e12 * _cpu_tflops(engine.precision, min(512, self.run.model.width) // 4 * 4)
         card = CARDS[hardware.gpu]
         peak = PEAK_FLOPS[card.name] if width_of(engine) == 2 else card.fp32_flops
         return expected_mfu(card.mfu, self.shape.parameters)[0] * peak
@@ -380,7 +384,7 @@ class _Task:
         rate = choice.tokens_per_s
         ranks = hardware.ranks
         if hardware.gpu == "cpu":
-            mfu, source = None, f"matmul measured now, {CPU_SHARE:.0%} of it"
+            mfu, source = None, "a step of two such layers, 512 wide at most, timed now"
             name = f"this machine, {torch.get_num_threads()} threads"
         else:
             card = CARDS[hardware.gpu]
@@ -459,8 +463,17 @@ def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
 
 
 @cache
-def _cpu_tflops(precision: str) -> float:
-    return max(matmul_tflops(torch.device("cpu"), DTYPES[precision]) for _ in range(10))  # others may compute here too
+def _cpu_tflops(precision: str, width: int) -> float:
+    """What a training step of two layers reaches here, forward and backward of 1,024 tokens, the best of five."""
+    gpt = Gpt(width=max(4, width), **TRIAL)
+    model = gpt.build().to(DTYPES[precision])
+    tokens = torch.zeros(4, gpt.context, dtype=torch.int64)
+    best = math.inf
+    for _ in range(5):  # others may compute here too
+        begun = time.perf_counter()
+        model(tokens, tokens, torch.ones(tokens.shape)).backward()
+        best = min(best, time.perf_counter() - begun)
+    return tokens.numel() * gpt.flops_per_token(gpt.context) / best / 1e12
 
 
 def _saves(shape: Shape, choice: Choice, run: TrainRun, hardware: Hardware) -> Saves:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 import configs
+from pretrain import fit
 from pretrain.engine import Engine, EngineSettings
 from pretrain.fit import tried
 from pretrain.ranks import Ranks
@@ -39,3 +42,14 @@ def after_trials(ranks: Ranks, settings: EngineSettings, failing: str) -> tuple[
     rows, engine = tried(a_run(), ranks, build(), build, most)
     del os.environ["LONGHAUL_FAIL_AT"]
     return rows, built, cases.train(ranks, engine, range(3)), untouched
+
+
+def one_rank_runs_out(settings: EngineSettings, alone: int) -> None:
+    """A trial of which the step of one rank, alone, runs out of memory; the others wait for its gradients."""
+    fit.GRACE_S = 1.0
+    torch.set_num_threads(1)
+    ranks = Ranks.join()
+    if ranks.rank == alone:
+        os.environ["LONGHAUL_FAIL_AT"] = "fit.step#6=oom"
+    tried(a_run(), ranks, cases.make(ranks, settings), lambda: cases.make(ranks, settings), 6)
+    os._exit(0)

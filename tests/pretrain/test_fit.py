@@ -10,11 +10,12 @@ import pytest
 import configs
 from configs import ConfigError
 from pretrain import fit
+from pretrain.guard import OUT_OF_MEMORY
 from pretrain.memory import evened
 from pretrain.run import TrainRun
 from tests.pretrain.engine import cases
-from tests.pretrain.fitted import a_run, after_trials
-from tests.processes import on_ranks
+from tests.pretrain.fitted import a_run, after_trials, one_rank_runs_out
+from tests.processes import RankProcess, environment, free_port, on_ranks
 from tests.runs import Started, losses, write_run
 
 
@@ -33,6 +34,23 @@ def test_trials_find_the_largest_and_leave_no_trace(
     for its_rows, its_engines, after, untouched in found:
         assert (its_rows, its_engines) == (rows, engines)
         assert after == untouched
+
+
+def test_ranks_that_wait_for_one_without_memory_end_with_it(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [
+        RankProcess(
+            one_rank_runs_out, cases.settings("torch", "fp32"), 0,
+            variables=environment(rank, 2, port), log=tmp_path / str(rank),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    codes = [process.wait(60) for process in processes]
+    said = "rank 0 alone ran out of memory in a step of 6 sequences, and the others wait for it in a collective; "
+    for rank in range(2):
+        text = (tmp_path / str(rank)).read_text()
+        assert said in text and "set micro_batch_seqs=3" in text, text
+    assert codes == [OUT_OF_MEMORY] * 2
 
 
 def test_a_run_that_fits_its_micro_batch_trains_as_with_any_other(tmp_path: Path) -> None:
