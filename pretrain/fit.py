@@ -74,7 +74,7 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
             low = middle
         else:
             high = middle - 1
-            del engine
+            engine.release()
             gc.collect()
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -48,3 +48,6 @@ class Engine(Protocol):
 
     def loaded(self, state: State) -> None:
         """Take over a state whose tensors were filled in place: refresh compute copies and step counts."""
+
+    def release(self) -> None:
+        """Let go of all memory. The engine is of no use any more."""

@@ -146,6 +146,10 @@ class PlainEngine:
         self.scale = state.loss_scale
         self._refresh()
 
+    def release(self) -> None:
+        """See `Engine.release`."""
+        vars(self).clear()
+
     def _accumulate(self, first: bool) -> None:
         """Add the gradients of one micro-batch to the fp32 sum, which the first one overwrites."""
         add_up(self.gradients, self.parameters, first)

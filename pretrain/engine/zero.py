@@ -187,6 +187,18 @@ class ZeroEngine:
         _Flats(self.engine, self.shapes, self.ranks).refresh(state)
         self.scale = state.loss_scale
 
+    def release(self) -> None:
+        """See `Engine.release`. Hooks of stages 2 and 3 keep DeepSpeed's objects for good: what stays is empty."""
+        optimizer = self.engine.optimizer
+        self.engine.destroy()
+        for parameter in self.module.parameters():
+            parameter.data, parameter.grad = parameter.data.new_empty(0), None
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+        for holder in (getattr(optimizer, "optimizer", None), optimizer, self):
+            if holder is not None:
+                vars(holder).clear()
+
     def _norm_without_zero(self) -> float:
         """DeepSpeed gives no norm at stage 0: taken here from the reduced gradients, before it clips them."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -89,5 +89,6 @@ def gpu_peak(ranks: Ranks, gpt: Gpt, settings: EngineSettings, rows: int, length
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+    engine.release()
     plan, compiles = loss_plan(settings.loss, ranks.device), settings.compiles(ranks.device)
     return peak, int(step_memory(Shape.of(gpt), settings, 1, rows * length, plan, compiles, accumulates=False).total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,26 @@ def odd_after_a_flip(ranks: Ranks, engine: Torch | DeepSpeed, kind: str) -> tupl
     if ranks.rank == 1:
         tensor.view(-1)[:1].view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).bitwise_xor_(1)
     return before, replicas.odd_ranks(made, ranks)
+
+
+def left_after_release(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[int]:
+    """Bytes of tensors, for each engine, that a step and a release have left."""
+    found = []
+    for engine in engines:
+        before = _tensor_bytes()
+        live = make(ranks, engine)
+        train(ranks, live, range(1))
+        live.release()
+        found.append(_tensor_bytes() - before)
+    return found
+
+
+def _tensor_bytes() -> int:
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor):
+            for tensor in (found, found.grad if found.is_leaf else None):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())

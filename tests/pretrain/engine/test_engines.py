@@ -117,3 +117,10 @@ def test_the_lowest_bit_of_what_all_ranks_hold_is_watched(
 ) -> None:
     results = on_ranks(tmp_path, 3, cases.odd_after_a_flip, cases.settings(kind, precision, stage), tensor)
     assert results == [([], [1])] * 3
+
+
+def test_a_released_engine_holds_nothing(tmp_path: Path) -> None:
+    """DeepSpeed's hooks of stages 2 and 3 keep its objects alive; a second engine would not have found its memory."""
+    engines = [cases.settings("torch", "bf16"), *(cases.settings("deepspeed", "bf16", s) for s in (1, 2, 3))]
+    (left,) = on_ranks(tmp_path, 1, cases.left_after_release, engines)
+    assert all(bytes < 1024 for bytes in left), left
