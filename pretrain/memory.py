@@ -142,8 +142,11 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
 
 
 def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
-    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered."""
-    if not isinstance(engine, DeepSpeed) or engine.zero_stage == 0 or _sums_whole(engine):
+    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered.
+
+    At stage 1 gradients stay where they are made (`contiguous_gradients: false`), and no bucket is filled.
+    """
+    if not isinstance(engine, DeepSpeed) or engine.zero_stage < 2:
         return 0.0
     elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine, shape.parameters)
     return float(elements) * width_of(engine)
