@@ -181,8 +181,7 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
         return n * width + 2 * last
     if engine.zero_stage == 3:
         return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
-    own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
-    return _held_to_communicate(shape, engine) + own + copies
+    return _held_to_communicate(shape, engine) + width * sent + copies  # what is sent goes as one tensor
 
 
 def _kept_per_token(shape: Shape, width: int, recompute: str) -> float:
