@@ -16,7 +16,7 @@ import torch
 from pretrain.engine import EngineSettings
 from pretrain.engine.zero import DeepSpeed
 from pretrain.models import Model
-from pretrain.models.loss import CHUNK_BYTES, SHARE_OF_MEMORY, LossPlan, loss_plan
+from pretrain.models.loss import CHUNK_BYTES, MULTIPLE, SHARE_OF_MEMORY, LossPlan, loss_plan
 from pretrain.run import TrainRun
 
 GIB = 2**30
@@ -216,7 +216,8 @@ def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles:
     """Bytes of logits and their gradients, where the loss holds the most of them."""
     chunk = loss.chunk_tokens(tokens, shape.vocabulary)
     if chunk >= tokens:
-        per_logit = 2 * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
+        aligned = 1 if loss.multiple > 1 else 2  # the compiler pads a copy where we have not padded
+        per_logit = aligned * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
         return float(tokens * shape.vocabulary * per_logit)
     head, hidden = shape.embedding, tokens * shape.width * width
     per_logit = 12 if width == 2 else 8  # of one chunk and of the one before it
@@ -247,7 +248,7 @@ def loss_plan_on(engine: EngineSettings, kind: str, memory: float) -> LossPlan:
     """What `engine.loss` stands for on a device of that kind, cuda or cpu, with so much memory."""
     chunk = CHUNK_BYTES[kind]
     whole = {"plain": math.inf, "chunked": 0.0, None: memory / SHARE_OF_MEMORY}[engine.loss]
-    return LossPlan(whole, chunk)
+    return LossPlan(whole, chunk, MULTIPLE.get(kind, 1))
 
 
 def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Memory:

@@ -115,7 +115,7 @@ def host_reads(ranks: Ranks) -> dict[str, int]:
         live = cases.make(ranks, settings)
         cases.train(ranks, live, range(1))
         fed = cases.batches(ranks, 1, cases.GLOBAL_ROWS // 2)
-        with Reads() as reads:
+        with Reads() as reads:  # type: ignore[no-untyped-call]
             live.step(fed, cases.GLOBAL_ROWS * cases.LENGTH, cases.OPTIM.rates(1.0))
         found[name] = reads.count
     return found
