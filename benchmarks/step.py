@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ import configs
 from data_pipeline.document import Document
 from data_pipeline.shards import Format, SealedSlice, SliceWriter, file_hash, seal
 from data_pipeline.stream import timed
+from pretrain.engine import zero as zero_engine
 from pretrain.engine.plain import Torch
 from pretrain.engine.state import StepTimer
 from pretrain.engine.zero import DeepSpeed
@@ -121,16 +123,22 @@ def engine(settings: Torch | DeepSpeed, gpt: Gpt, ranks: Ranks, fed: list[Batch]
 
 
 class Defaults(DeepSpeed):
-    """DeepSpeed's own gradient buffers, for comparison with what our settings take away."""
+    """DeepSpeed's own gradient buffers and timers, for comparison with what our settings take away."""
+
+    def deepspeed_config(self, clip_norm: float | None, parameters: int = 500_000_000) -> dict[str, Any]:
+        """See `DeepSpeed.deepspeed_config`."""
+        config = super().deepspeed_config(clip_norm, parameters)
+        del config["timers"]
+        return config
 
     def _zero_config(self, parameters: int) -> dict[str, Any]:
         config = super()._zero_config(parameters)
         return {k: v for k, v in config.items() if k not in ("contiguous_gradients", "reduce_bucket_size")}
 
 
-def zero(kind: type[DeepSpeed] = DeepSpeed) -> DeepSpeed:
+def zero(kind: type[DeepSpeed] = DeepSpeed, precision: str = "fp32") -> DeepSpeed:
     """Settings of stage 1."""
-    return configs.build(kind, {"zero_stage": 1, "precision": "fp32"}, "benchmark")
+    return configs.build(kind, {"zero_stage": 1, "precision": precision}, "benchmark")
 
 
 def nanogpt_file(path: Path) -> Any:
@@ -305,18 +313,22 @@ def operators(step: Step) -> Counter[str]:
     return Counter(event.name for event in profile.events() or [] if event.name.startswith("aten::"))
 
 
-def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
+def causes(gpt: Gpt, ranks: Ranks, rounds: int, precision: str) -> str:
     """DeepSpeed's own cost by part and by operator: what a step costs beyond the torch engine's.
 
     It depends on parameters and micro-batches, hardly on tokens; so these are few, that the rest may not drown it.
     """
     fed = [Batch(*(part[:1, :16] for part in batch[:3])) for batch in batches(gpt)]
     kinds: dict[str, Torch | DeepSpeed] = {
-        "torch engine": Torch(precision="fp32"),
-        "ZeRO-1": zero(),
-        "ZeRO-1, DeepSpeed's buffers": zero(Defaults),
+        "torch engine": configs.build(Torch, {"precision": precision}, "benchmark"),
+        "ZeRO-1": zero(precision=precision),
+        "ZeRO-1, DeepSpeed's way": zero(Defaults, precision),
     }
-    made: dict[str, Any] = {name: kind.build(ours(gpt), OPTIM, ranks) for name, kind in kinds.items()}
+    made: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        ours_too = not isinstance(kind, Defaults)
+        with mock.patch.object(zero_engine, "_lighten", zero_engine._lighten if ours_too else lambda engine: False):
+            made[name] = kind.build(ours(gpt), OPTIM, ranks)
     steps: dict[str, Step] = {n: partial(e.step, fed, 16 * len(fed), OPTIM.rates(1.0)) for n, e in made.items()}
     spent: dict[str, list[dict[str, float]]] = {name: [] for name in made}
     for turn in range(rounds + 1):
@@ -331,7 +343,10 @@ def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
                 spent[name].append(parts)
     middle = {n: {p: 1e3 * statistics.median(r[p] for r in rows) for p in rows[0]} for n, rows in spent.items()}
     names, base = list(made), middle["torch engine"]
-    lines = [f"| CPU ms of {len(fed)} micro-batches of 16 tokens | {' | '.join(names)} |", "|---|---:|---:|---:|"]
+    lines = [
+        f"| CPU ms of {len(fed)} micro-batches of 16 tokens, {precision} | {' | '.join(names)} |",
+        "|---|---:|---:|---:|",
+    ]
     for part in base:
         cells = [f"{middle[n].get(part, 0.0):.1f} ({middle[n].get(part, 0.0) - base[part]:+.1f})" for n in names[1:]]
         lines.append(f"| {part} | {base[part]:.1f} | {' | '.join(cells)} |")
@@ -345,7 +360,8 @@ def causes(gpt: Gpt, ranks: Ranks, rounds: int) -> str:
 def why(options: argparse.Namespace) -> str:
     """The table of causes."""
     torch.set_num_threads(options.threads)
-    return causes(shape(options.tiny), Ranks.join(), options.rounds)
+    ranks, gpt = Ranks.join(), shape(options.tiny)
+    return "\n\n".join(causes(gpt, ranks, options.rounds, precision) for precision in ("fp32", "bf16"))
 
 
 def alone(options: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ import torch
 from pretrain.engine import EngineSettings
 from pretrain.engine.zero import DeepSpeed
 from pretrain.models import Model
-from pretrain.models.loss import CHUNK_BYTES, SHARE_OF_MEMORY, LossPlan, loss_plan
+from pretrain.models.loss import CHUNK_BYTES, MULTIPLE, SHARE_OF_MEMORY, LossPlan, loss_plan
 from pretrain.run import TrainRun
 
 GIB = 2**30
@@ -142,8 +142,11 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
 
 
 def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
-    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered."""
-    if not isinstance(engine, DeepSpeed) or engine.zero_stage == 0 or _sums_whole(engine):
+    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered.
+
+    At stage 1 gradients stay where they are made (`contiguous_gradients: false`), and no bucket is filled.
+    """
+    if not isinstance(engine, DeepSpeed) or engine.zero_stage < 2:
         return 0.0
     elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine, shape.parameters)
     return float(elements) * width_of(engine)
@@ -178,8 +181,7 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
         return n * width + 2 * last
     if engine.zero_stage == 3:
         return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
-    own = 0 if engine.zero_stage == 1 and width == 4 else width * sent  # there the sums are the gradients themselves
-    return _held_to_communicate(shape, engine) + own + copies
+    return _held_to_communicate(shape, engine) + width * sent + copies  # what is sent goes as one tensor
 
 
 def _kept_per_token(shape: Shape, width: int, recompute: str) -> float:
@@ -214,7 +216,8 @@ def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles:
     """Bytes of logits and their gradients, where the loss holds the most of them."""
     chunk = loss.chunk_tokens(tokens, shape.vocabulary)
     if chunk >= tokens:
-        per_logit = 2 * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
+        aligned = 1 if loss.multiple > 1 else 2  # the compiler pads a copy where we have not padded
+        per_logit = aligned * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
         return float(tokens * shape.vocabulary * per_logit)
     head, hidden = shape.embedding, tokens * shape.width * width
     per_logit = 12 if width == 2 else 8  # of one chunk and of the one before it
@@ -245,7 +248,7 @@ def loss_plan_on(engine: EngineSettings, kind: str, memory: float) -> LossPlan:
     """What `engine.loss` stands for on a device of that kind, cuda or cpu, with so much memory."""
     chunk = CHUNK_BYTES[kind]
     whole = {"plain": math.inf, "chunked": 0.0, None: memory / SHARE_OF_MEMORY}[engine.loss]
-    return LossPlan(whole, chunk)
+    return LossPlan(whole, chunk, MULTIPLE.get(kind, 1))
 
 
 def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Memory:

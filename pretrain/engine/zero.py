@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -348,8 +349,15 @@ def _import() -> Any:
     """deepspeed, its version checked, and without the compiled CPU collective that would need a C++ compiler."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    absent = "mlflow" not in sys.modules
+    if absent:  # DeepSpeed's autotuner would import it, for 2.3 s and 114 MB of every rank, and takes its absence
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
 
     check_versions(deepspeed.__version__, torch.__version__)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

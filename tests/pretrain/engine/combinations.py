@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoints, Position, Saver
@@ -97,6 +98,32 @@ def graph_breaks(ranks: Ranks) -> dict[str, list[str]]:
         assert explained.graph_count > 0
         found[f"zero{stage}" if stage else "torch"] = [str(reason.reason) for reason in explained.break_reasons]
     return found
+
+
+def host_reads(ranks: Ranks) -> dict[str, int]:
+    """How often the host reads a number off the device in a step of two micro-batches in bf16, by engine."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    found = {}
+    for name, settings in (("torch", cases.settings("torch", "bf16")), ("zero1", cases.settings("deepspeed", "bf16"))):
+        live = cases.make(ranks, settings)
+        cases.train(ranks, live, range(1))
+        fed = cases.batches(ranks, 1, cases.GLOBAL_ROWS // 2)
+        with Reads() as reads:  # type: ignore[no-untyped-call]
+            live.step(fed, cases.GLOBAL_ROWS * cases.LENGTH, cases.OPTIM.rates(1.0))
+        found[name] = reads.count
+    return found
+
+
+def graphs_and_reads(ranks: Ranks) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """`graph_breaks` and `host_reads`, of one process."""
+    return graph_breaks(ranks), host_reads(ranks)
 
 
 def cross(ranks: Ranks, folder: Path) -> dict[str, tuple[str, list[float]]]:

@@ -22,7 +22,7 @@ from pretrain.models.loss import LossPlan, plan_losses
 from pretrain.models.weights import initialize
 from pretrain.objectives import Batch, NextToken
 from tests.pretrain.engine import cases
-from tests.pretrain.engine.combinations import LEVELS, PAIRWISE, bits, cross, first_losses, graph_breaks, half
+from tests.pretrain.engine.combinations import LEVELS, PAIRWISE, bits, cross, first_losses, graphs_and_reads, half
 from tests.processes import on_ranks
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3}
@@ -127,8 +127,10 @@ def test_forward_and_loss_are_one_graph(kind: Recompute, plan: LossPlan) -> None
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
-def test_engines_that_compile_have_no_graph_break(tmp_path: Path) -> None:
-    assert on_ranks(tmp_path, 1, graph_breaks) == [{"torch": [], "zero1": [], "zero2": []}]
+def test_engines_that_compile_have_no_graph_break_and_wait_at_the_end_of_a_step_alone(tmp_path: Path) -> None:
+    breaks, reads = on_ranks(tmp_path, 1, graphs_and_reads)[0]
+    assert breaks == {"torch": [], "zero1": [], "zero2": []}
+    assert reads == {"torch": 2, "zero1": 2}, "the loss and the norm"
 
 
 # --- fp16 -------------------------------------------------------------------------------------------------------------

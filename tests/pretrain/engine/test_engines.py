@@ -44,9 +44,15 @@ def test_stage_0_in_bf16_is_refused() -> None:
         cases.settings("deepspeed", "bf16", 0)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
-def test_a_gradient_that_is_not_finite_is_skipped(kind: str, stage: int, tmp_path: Path) -> None:
-    settings = cases.settings(kind, "fp32", stage)
+@pytest.mark.parametrize(
+    ("kind", "precision", "stage"),
+    [
+        ("torch", "fp32", 0), ("deepspeed", "fp32", 0), ("deepspeed", "fp32", 1), ("deepspeed", "fp32", 3),
+        ("torch", "bf16", 0), ("deepspeed", "bf16", 1),
+    ],
+)  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_skipped(kind: str, precision: str, stage: int, tmp_path: Path) -> None:
+    settings = cases.settings(kind, precision, stage)
     assert on_ranks(tmp_path, 2, cases.skips_nan, settings)[0] == ([True, False, True], True)
 
 

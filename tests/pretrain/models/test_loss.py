@@ -36,6 +36,22 @@ def test_chunks_change_neither_value_nor_gradient(chunk: int) -> None:
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_padded_rows_change_neither_value_nor_gradient() -> None:
+    hidden, weight = torch.randn(2, T, C), torch.randn(V, C)
+    targets, weights = torch.randint(V, (2, T)), torch.rand(2, T)
+    found = []
+    for multiple in (1, 64):
+        x, head = hidden.clone().requires_grad_(), Head(C, V, bias=False)
+        head.weight = torch.nn.Parameter(weight.clone())
+        head.plan = LossPlan(multiple=multiple)
+        loss = head(x, targets, weights)
+        loss.backward()
+        assert head(x).shape == (2, T, V) and head.weight.grad is not None
+        found.append((loss.detach(), x.grad, head.weight.grad))
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain)
+
+
 def test_chunks_are_about_as_near_to_the_truth_in_bf16_as_the_plain_loss() -> None:
     exact = gradients(torch.float64, None)
     plain, chunked = gradients(torch.bfloat16, None), gradients(torch.bfloat16, 16)
