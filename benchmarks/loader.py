@@ -1,6 +1,6 @@
 """Tokens per second from shards to an int64 batch ready for pinning, beside other loaders: one run, the same tokens.
 
-    python -m benchmarks.loader [--peers PYTHON] [--tokens 32Mi] [--rounds 3] [--latency-ms 50] [--out benchmarks]
+    python -m benchmarks.loader [--peers PYTHON] [--tokens 16777216] [--rounds 3] [--latency-ms 50] [--out benchmarks]
 
 `--peers` is the Python of an environment with mosaicml-streaming, litdata, megatron-core, megatron-energon, webdataset
 and grain; what is missing there is left out, with the reason. Each side prepares the same stream of uint16 tokens (of
@@ -11,12 +11,19 @@ Page cache warm: the files were read just before. Cold: every file is synced and
 bytes that then come from the disk are the kernel's count (read_bytes of /proc/self/io), so mapped files count too.
 Read calls are syscr of the same file, and page faults that wait for the disk.
 
-The wait in training: a consumer that takes a batch every 250 ms (262,144 tokens a second), 40 times; a side may have
-one worker and reads ahead as it does by default. For storage of 50 ms each read and each open of a file in a FUSE mount
-of the folder waits that long (mfusepy, libfuse2; left out where they are missing), the cache of the kernel being empty.
+The wait in training: a consumer that takes a batch every 250 ms (262,144 tokens a second), 30 times or for 20 s; a
+side may have one worker and reads ahead as it does by default. For storage of 50 ms each read and each open of a file
+in a FUSE mount of the folder waits that long (mfusepy, libfuse2; left out where they are missing), the cache of the
+kernel being empty. Those that keep a cache of their own on the node's disk (ours, streaming, litData) have an empty
+one.
 
-What is not the same: ours checks every block against its hash and hashes every sample for the digest of the run; ours
-and Megatron's come back at any sample in constant time; the others check nothing.
+The sides, as their own pages advise: streaming and Energon as in their quick starts, with a buffer of 1,000 samples
+where there is one; litData with TokensLoader, a shared drive as `local:`; webdataset batches inside the dataset; grain
+reads ArrayRecords of one record a group. All turn a batch to int64 as late as they allow. "Our tars" is webdataset over
+the shards that ours reads, whose blocks it cuts into sequences: the same bytes, decoded once for 64 sequences.
+
+What is not the same: ours checks every block against its hash and hashes every sample for the digest of the run, the
+others check nothing; Megatron's batch has labels, loss mask and positions with it.
 """
 
 from __future__ import annotations
@@ -32,20 +39,23 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 LENGTH, ROWS, VOCABULARY, END = 1024, 64, 50257, 50256
-STEP_S, STEPS = 0.25, 40
+STEP_S, STEPS, WAIT_S = 0.25, 30, 20
 BLOCK = 2**16
+BEGUN = time.perf_counter()
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
@@ -147,7 +157,8 @@ def litdata(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     loader = TokensLoader(block_size=LENGTH + 1)
-    dataset = StreamingDataset(str(folder), item_loader=loader, shuffle=True, drop_last=True)
+    where = {"input_dir": str(folder)} if cache is None else {"input_dir": f"local:{folder}", "cache_dir": str(cache)}
+    dataset = StreamingDataset(**where, item_loader=loader, shuffle=True, drop_last=True)
     for batch in StreamingDataLoader(dataset, batch_size=ROWS, num_workers=workers, drop_last=True):
         yield batch.long()
 
@@ -175,30 +186,34 @@ def _tars(folder: Path, pattern: str) -> list[str]:
 
 def webdataset(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
     """A sequence a member, as DCLM's shards have them."""
-    import torch
     import webdataset as wds
 
-    def wide(sample: tuple[Any]) -> Any:
-        return torch.from_numpy(sample[0].astype(np.int64))
-
     data = wds.WebDataset(_tars(folder, "*.tar"), shardshuffle=100, seed=1).shuffle(1000).decode().to_tuple("npy")
-    yield from torch.utils.data.DataLoader(data.map(wide), batch_size=ROWS, num_workers=workers, drop_last=True)
+    data = data.batched(ROWS, partial=False).map(lambda batch: torch_long(batch[0]))
+    yield from wds.WebLoader(data, batch_size=None, num_workers=workers)
+
+
+def torch_long(batch: Any) -> Any:
+    """An int64 tensor of an array, or of rows."""
+    import torch
+
+    return torch.from_numpy(np.asarray(batch).astype(np.int64))
 
 
 def blocks(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
     """webdataset over our own tars: blocks cut into sequences, which go through the buffer."""
-    import torch
     import webdataset as wds
 
     def cut(samples: Any) -> Iterator[Any]:
         for sample in samples:
             ids = sample["tokens.npy"]
             for begin in range(0, BLOCK, LENGTH):
-                yield torch.from_numpy(ids[begin : begin + LENGTH + 1].astype(np.int64))
+                yield ids[begin : begin + LENGTH + 1]
 
     data = wds.WebDataset(_tars(folder, "train-*.tar"), shardshuffle=100, seed=1).decode()
-    data = data.compose(lambda samples: cut(s for s in samples if "tokens.npy" in s)).shuffle(8 * BLOCK // LENGTH)
-    yield from torch.utils.data.DataLoader(data, batch_size=ROWS, num_workers=workers, drop_last=True)
+    data = data.compose(lambda samples: cut(s for s in samples if "tokens.npy" in s)).shuffle(1000)
+    data = data.batched(ROWS, collation_fn=torch_long, partial=False)
+    yield from wds.WebLoader(data, batch_size=None, num_workers=workers)
 
 
 def prepare_energon(source: Path, folder: Path) -> None:
@@ -216,7 +231,6 @@ def prepare_energon(source: Path, folder: Path) -> None:
 
 
 def energon(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
-    import torch
     from megatron.energon import (
         Cooker,
         DefaultTaskEncoder,
@@ -230,15 +244,14 @@ def energon(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
 
     @stateless  # type: ignore[untyped-decorator]
     def cook(sample: dict[str, Any]) -> dict[str, Any]:
-        tokens = sample["npy"]
-        return {**basic_sample_keys(sample), "tokens": torch.as_tensor(np.asarray(tokens).astype(np.int64))}
+        return {**basic_sample_keys(sample), "tokens": np.asarray(sample["npy"])}
 
     class Encoder(DefaultTaskEncoder):  # type: ignore[misc]
         decoder = SampleDecoder()
         cookers = (Cooker(cook),)
 
         def batch(self, samples: list[Any]) -> Any:
-            return torch.stack([sample["tokens"] for sample in samples])
+            return torch_long([sample["tokens"] for sample in samples])
 
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
     dataset = get_train_dataset(
@@ -304,24 +317,42 @@ def grain(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
 
     source = pygrain.ArrayRecordDataSource(_tars(folder, "*.array_record"))
     data = pygrain.MapDataset.source(source).shuffle(seed=1)
-    data = data.map(lambda record: np.frombuffer(record, np.uint16).astype(np.int64)).batch(ROWS, drop_remainder=True)
-    reading = data.to_iter_dataset(pygrain.ReadOptions())
+    data = data.map(lambda record: np.frombuffer(record, np.uint16)).batch(ROWS, drop_remainder=True)
+    reading = data.map(lambda batch: batch.astype(np.int64)).to_iter_dataset(pygrain.ReadOptions())
     if workers:
         reading = reading.mp_prefetch(pygrain.MultiprocessingOptions(num_workers=workers))
     yield from reading
 
 
-Side = tuple[Callable[[Path, int, Path | None], Iterator[Any]], Callable[[Path, Path], None], str, str]
-SIDES: dict[str, Side] = {
-    "ours": (ours, prepare_ours, "", "exact, at once"),
-    "mosaicml-streaming": (streaming, prepare_streaming, "mosaicml-streaming", "exact, work in proportion to samples"),
-    "litData": (litdata, prepare_litdata, "litdata", "exact, work in proportion to items"),
-    "Megatron GPTDataset": (megatron, prepare_megatron, "megatron-core", "exact, once indices are built"),
-    "Megatron-Energon": (energon, prepare_energon, "megatron-energon", "exact, same workers; reads tars"),
-    "webdataset": (webdataset, write_tars, "webdataset", "none; reads tars"),
-    "webdataset, our tars": (blocks, prepare_ours, "webdataset", "none; reads tars"),
-    "grain": (grain, prepare_grain, "grain", "exact"),
-}
+@dataclass(frozen=True)
+class Side:
+    batches: Callable[[Path, int, Path | None], Iterator[Any]]
+    prepare: Callable[[Path, Path], None]
+    package: str  # that gives the version
+    reads_tars: bool
+    resumes: bool  # exactly, at least on as many ranks and workers as before
+    resume: str
+
+
+SIDES = {
+    "ours": Side(ours, prepare_ours, "", True, True, "exact on any ranks, at once"),
+    "mosaicml-streaming": Side(
+        streaming, prepare_streaming, "mosaicml-streaming", False, True,
+        "exact where the batch divides among the ranks, work in proportion to samples",
+    ),
+    "litData": Side(
+        litdata, prepare_litdata, "litdata", False, True, "exact on as many ranks, work in proportion to items"
+    ),
+    "Megatron GPTDataset": Side(
+        megatron, prepare_megatron, "megatron-core", False, True, "exact on any ranks, once its indices are built"
+    ),
+    "Megatron-Energon": Side(
+        energon, prepare_energon, "megatron-energon", True, True, "exact on as many ranks times workers"
+    ),
+    "webdataset": Side(webdataset, write_tars, "webdataset", True, False, "none"),
+    "webdataset, our tars": Side(blocks, prepare_ours, "webdataset", True, False, "none"),
+    "grain": Side(grain, prepare_grain, "grain", False, True, "exact on any ranks without mixture, packing or filter"),
+}  # fmt: skip
 FOLDERS = {"webdataset, our tars": "ours"}
 
 
@@ -343,15 +374,14 @@ def counters() -> dict[str, float]:
 def read_all(name: str, folder: Path, cold: bool) -> dict[str, float]:
     """One pass over the tokens, from the opening to the last batch; what is imported and compiled is so before."""
     limit = len(stream(folder.parent)) // LENGTH // ROWS - 2
-    batches = SIDES[name][0](folder, 0, None)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    del batches
-    gc.collect()
     if cold:
+        with copied(folder) as another:  # what a process has mapped cannot be dropped
+            take_one(name, another)
         drop(folder)
+    else:
+        take_one(name, folder)
     begun, count, first_s = counters(), 0, 0.0
-    for batch in itertools.islice(SIDES[name][0](folder, 0, None), limit):
+    for batch in itertools.islice(SIDES[name].batches(folder, 0, None), limit):
         assert str(batch.dtype).endswith("int64") and len(batch) == ROWS, (batch.dtype, batch.shape)
         first_s = first_s or time.perf_counter() - begun["seconds"]
         count += ROWS * LENGTH
@@ -366,19 +396,54 @@ def read_all(name: str, folder: Path, cold: bool) -> dict[str, float]:
     }
 
 
-def wait(name: str, folder: Path, cache: Path | None) -> dict[str, float]:
-    """The wait of a consumer that takes a batch every STEP_S, after the first."""
-    workers = 0 if name == "ours" else 1
-    begun = time.perf_counter()
-    batches = SIDES[name][0](folder, workers, cache)
+def take_one(name: str, folder: Path) -> None:
+    """A batch, which nobody needs."""
+    batches = SIDES[name].batches(folder, 0, None)
     next(batches)
-    first_s, waits = time.perf_counter() - begun, []
-    for _ in range(STEPS):
-        time.sleep(STEP_S)
-        begun = time.perf_counter()
+    batches.close()  # type: ignore[attr-defined]
+    del batches
+    gc.collect()
+
+
+@contextlib.contextmanager
+def copied(folder: Path) -> Iterator[Path]:
+    """A copy of a folder, beside it."""
+    place = Path(tempfile.mkdtemp(prefix="copy-", dir=folder.parent))
+    try:
+        yield shutil.copytree(folder, place, dirs_exist_ok=True)
+    finally:
+        shutil.rmtree(place)
+
+
+class Late(Exception):
+    """WAIT_S have passed."""
+
+
+def wait(name: str, folder: Path, cache: Path | None) -> dict[str, float]:
+    """The wait of a consumer that takes a batch every STEP_S, after the first; what there is of it after WAIT_S."""
+
+    def stop(*_: object) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(WAIT_S)
+    workers = 0 if name == "ours" else 1
+    first_s, waits = 0.0, []
+    opened = begun = time.perf_counter()
+    try:
+        batches = SIDES[name].batches(folder, workers, cache)
         next(batches)
+        first_s = time.perf_counter() - opened
+        for _ in range(STEPS):
+            time.sleep(STEP_S)
+            begun = time.perf_counter()
+            next(batches)
+            waits.append(time.perf_counter() - begun)
+    except Late:  # the batch that did not come has been waited for, too
         waits.append(time.perf_counter() - begun)
-    return {"first_s": first_s, "share": sum(waits) / (sum(waits) + STEPS * STEP_S), "longest_s": max(waits)}
+    signal.alarm(0)
+    share = sum(waits) / (sum(waits) + len(waits) * STEP_S)
+    return {"first_s": first_s, "share": share, "longest_s": max(waits), "steps": len(waits)}
 
 
 def drop(folder: Path) -> None:
@@ -437,7 +502,7 @@ class Run:
         environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
         if core is not None:
             command = ["taskset", "-c", str(core), *command]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=900)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
         return json.loads(done.stdout.splitlines()[-1])
 
     @contextlib.contextmanager
@@ -483,17 +548,22 @@ def write_stream(folder: Path, tokens: int) -> None:
     np.save(folder / "stream.npy", ids.astype(np.uint16))
 
 
+def progress(*words: object) -> None:
+    """A line to stderr, with the seconds since the start."""
+    print(f"{time.perf_counter() - BEGUN:6.0f} s", *words, file=sys.stderr, flush=True)
+
+
 def measure(run: Run, rounds: int, latency_s: float, parts: str, sides: list[str]) -> dict[str, dict[str, Any]]:
     """Everything of each side: versions, lists of figures by part, or why it is left out."""
     found: dict[str, dict[str, Any]] = {}
     for name in sides:
         try:
-            found[name] = {"version": version(run, SIDES[name][2])}
+            found[name] = {"version": version(run, SIDES[name].package)}
             if not (run.work / FOLDERS.get(name, name)).exists():
                 run.call(name, "prepare")
         except (subprocess.SubprocessError, OSError) as error:
             found[name] = {"missing": last_words(error)}
-        print(name, found[name], file=sys.stderr)
+        progress(name, "prepared", found[name])
     here = [name for name in sides if "missing" not in found[name]]
     for number in range(rounds if "read" in parts else 0):
         for name in here:  # side by side in every round: what else the machine does meets all
@@ -504,7 +574,7 @@ def measure(run: Run, rounds: int, latency_s: float, parts: str, sides: list[str
                 found[name].setdefault("warm", []).append(run.call(name, "read", core=1))
             except subprocess.SubprocessError as error:
                 found[name]["failed"] = last_words(error)
-            print(name, json.dumps(found[name]), file=sys.stderr)
+            progress(f"round {number + 1} of {rounds}:", name, found[name].get("warm", [found[name]])[-1])
     for name in here if "wait" in parts else []:
         folder = run.work / FOLDERS.get(name, name)
         for key, seconds in (("wait 0", 0.0), ("wait late", latency_s)):
@@ -518,49 +588,88 @@ def measure(run: Run, rounds: int, latency_s: float, parts: str, sides: list[str
             except (subprocess.SubprocessError, RuntimeError) as error:
                 found[name][key] = {"failed": last_words(error)}
             shutil.rmtree(cache, ignore_errors=True)
-            print(name, key, found[name][key], file=sys.stderr)
+            progress(name, key, found[name][key])
     return found
+
+
+MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {  # tokens per second of a side
+    "per CPU second, warm": lambda side: statistics.median(each["cpu"] for each in side["warm"]),
+    "by the clock, warm": lambda side: statistics.median(each["wall"] for each in side["warm"]),
+    "by the clock, cold": lambda side: float(side["cold"]["wall"]),
+}
+PEERS: dict[str, Callable[[Side], bool]] = {
+    "the best": lambda side: True,
+    "the best of those that read tars or resume exactly": lambda side: side.reads_tars or side.resumes,
+    "the best of those that read tars": lambda side: side.reads_tars,
+}
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Ours over the best of the peers, and of some of them: a table of those that were measured."""
+    rates = {
+        name: [rate(side) for rate in MEASURES.values()] for name, side in found.items() if {"warm", "cold"} <= {*side}
+    }
+    if not {"ours"} < {*rates}:
+        return []
+    lines = ["", "| ours over | " + " | ".join(MEASURES) + " |", "|---|" + "---:|" * len(MEASURES)]
+    for which, counts in PEERS.items():
+        peers = [name for name in rates if name != "ours" and counts(SIDES[name])]
+        cells = []
+        for i in range(len(MEASURES) if peers else 0):
+            best = max(peers, key=lambda name: rates[name][i])
+            cells.append(f"{rates['ours'][i] / rates[best][i]:.2f} ({best})")
+        lines.append(f"| {which} | " + " | ".join(cells or ["none measured"] * len(MEASURES)) + " |")
+    return lines
+
+
+def rates_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What each side reads a second, and how."""
+    lines = [
+        "| side | version | reads tars | resume | M tokens per CPU second, warm | by the clock | ours is, per CPU "
+        "second | cold, by the clock | bytes read per useful byte, cold | read calls per second, cold "
+        "| first batch s, warm |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    per_cpu, clock, cold_clock = MEASURES.values()
+    for name, side in found.items():
+        if not {"warm", "cold"} <= {*side}:
+            continue
+        mine = f"{per_cpu(found['ours']) / per_cpu(side):.1f}x" if "warm" in found.get("ours", {}) else ""
+        first_s = statistics.median(each["first_s"] for each in side["warm"])
+        lines.append(
+            f"| {name} | {side['version']} | {'yes' if SIDES[name].reads_tars else 'no'} | {SIDES[name].resume} "
+            f"| {per_cpu(side) / 1e6:.1f} | {clock(side) / 1e6:.1f} | {mine} | {cold_clock(side) / 1e6:.1f} "
+            f"| {side['cold']['bytes']:.2f} | {side['cold']['requests']:,.0f} | {first_s:.2f} |"
+        )
+    return lines
+
+
+def waits_table(found: dict[str, dict[str, Any]], latency_s: float) -> list[str]:
+    """The share of time that training waits."""
+    lines = [
+        "",
+        "| side | storage | share of time waited | longest s | batches | first batch s |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, side in found.items():
+        for key, storage in (("wait 0", "at once"), ("wait late", f"{1e3 * latency_s:.0f} ms")):
+            if key not in side:
+                continue
+            it = side[key]
+            cells = ["failed: " + it["failed"], "", "", ""] if "failed" in it else [
+                f"{it['share']:.2%}", f"{it['longest_s']:.2f}", f"{it['steps']}",
+                f"{it['first_s']:.1f}" if it["first_s"] else f"none in {WAIT_S}"]  # fmt: skip
+            lines.append(f"| {name} | {storage} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def table(found: dict[str, dict[str, Any]], latency_s: float) -> str:
     """Markdown."""
     lines = []
-    mine = found["ours"]
-
-    def warm(side: dict[str, Any], key: str) -> float:
-        return float(statistics.median(each[key] for each in side["warm"]))
-
     if any("warm" in side for side in found.values()):
-        lines += [
-            "| side | version | resume | M tokens per CPU second, warm | by the clock | ours is | cold, by the clock "
-            "| bytes read per useful byte, cold | read calls per second, cold |",
-            "|---|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for name, side in found.items():
-            if "warm" not in side:
-                continue
-            cold, cpu = side["cold"], warm(side, "cpu")
-            lines.append(
-                f"| {name} | {side['version']} | {SIDES[name][3]} | {cpu / 1e6:.1f} | {warm(side, 'wall') / 1e6:.1f} "
-                f"| {warm(mine, 'cpu') / cpu:.1f}x | {cold['wall'] / 1e6:.1f} | {cold['bytes']:.2f} "
-                f"| {cold['requests']:,.0f} |"
-            )
+        lines += rates_table(found) + ratios(found)
     if any("wait 0" in side for side in found.values()):
-        late = f"{1e3 * latency_s:.0f} ms"
-        lines += [
-            "",
-            f"| side | wait, storage at once | first batch s | wait, storage of {late} | longest s | first batch s |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for name, side in found.items():
-            if "wait 0" not in side:
-                continue
-            at_once, far = side["wait 0"], side["wait late"]
-            cells = ["failed: " + at_once["failed"], ""] if "failed" in at_once else [
-                f"{at_once['share']:.2%}", f"{at_once['first_s']:.1f}"]  # fmt: skip
-            cells += ["failed: " + far["failed"], "", ""] if "failed" in far else [
-                f"{far['share']:.1%}", f"{far['longest_s']:.2f}", f"{far['first_s']:.1f}"]  # fmt: skip
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += waits_table(found, latency_s)
     out = [f"- {name}: {side.get('missing') or side.get('failed')}" for name, side in found.items()
            if "missing" in side or "failed" in side]  # fmt: skip
     return "\n".join([*lines, *(["", "Left out or failed:", ""] if out else []), *out]) + "\n"
@@ -573,7 +682,7 @@ def do(arguments: argparse.Namespace) -> None:
         found: Any = None
         if what == "prepare":
             folder.mkdir(parents=True, exist_ok=True)
-            SIDES[name][1](folder.parent, folder)
+            SIDES[name].prepare(folder.parent, folder)
         elif what == "read":
             found = read_all(name, folder, rest == ["cold"])
         elif what == "wait":
@@ -587,7 +696,7 @@ def do(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=sys.executable)
-    parser.add_argument("--tokens", type=int, default=2**25)
+    parser.add_argument("--tokens", type=int, default=2**24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency-ms", type=float, default=50.0)
     parser.add_argument("--parts", default="read,wait")
@@ -600,6 +709,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         do(arguments)
+    if "wait" in arguments.parts and arguments.tokens < (least := 2 * STEPS * ROWS * LENGTH):
+        parser.error(f"--tokens: the waits need at least {least:,}")
     with contextlib.ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loader-")))
         work.mkdir(parents=True, exist_ok=True)
@@ -610,10 +721,14 @@ def main() -> None:
         (work / "found.json").write_text(json.dumps(found, indent=1))
         tokens = len(stream(work))
     cores, today = os.cpu_count(), datetime.date.today()
+    peers = Run(Path(), arguments.peers)
     text = (
         f"# Loaders: {tokens:,} tokens, sequences of {LENGTH:,}, batches of {ROWS}\n\n"
         f"`python -m benchmarks.loader`, {today}, {cores} cores, Python {platform.python_version()}, numpy "
-        f"{importlib.metadata.version('numpy')}; medians of {arguments.rounds} rounds.\n\n{table(found, latency_s)}"
+        f"{importlib.metadata.version('numpy')} (ours), {version(peers, 'numpy')} (peers), torch "
+        f"{version(peers, 'torch')} (peers); one process at a time, on one core in the first table; medians of "
+        f"{arguments.rounds} rounds, the cold pass once. Opening is part of a pass. Ours checks every block's hash and "
+        f"hashes every sample for the digest; no other side checks anything.\n\n{table(found, latency_s)}"
     )
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
