@@ -1,23 +1,34 @@
 """Shards read from a server: the wait for data in training at some latencies, and what checking every block costs.
 
-    python -m benchmarks.remote [--latency-ms 0 50] [--step-ms 100] [--steps 160] [--fetch-threads 16]
+    python -m benchmarks.remote [--latency-ms 0 50] [--step-ms 100] [--steps 160] [--trained 40] [--out benchmarks]
 
 A corpus of random tokens is served over HTTP on loopback by a process of its own, which waits so long before each
 answer. One rank reads batches of 64 sequences of 1,024 tokens, and a step between two of them is slept through; so the
 wait is that of storage, and of nothing else. Its lanes go on to new blocks every 64 steps; the first of them cannot be
 fetched ahead, so the seconds that the first 32 steps wait stand apart. Rate and requests are those of a second pass,
 without steps between. `from nothing` is the first use of a cache, `again` the second.
+
+Training on two ranks: a GPT of 2 layers and width 64 over 512 tokens of vocabulary (so small that it wants tokens as
+fast as a large one on a GPU does), 32 sequences of 1,024 a step, through all that `pretrain train` does in a step. The
+wait is the share of the time of all steps, the first one apart, of the rank that waits longest.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import multiprocessing
+import os
+import platform
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,42 +43,94 @@ from data_pipeline.order import Order, Segment, Skips, Steps
 from data_pipeline.shards import Format, Manifest, SealedSlice, SliceWriter, file_hash, seal
 from data_pipeline.stream import Corpora, Data, Stream, timed
 
-VOCAB = 50_257
+VOCAB, SMALL_VOCAB = 50_257, 512
 SEQ, BATCH, LANES, START = 1024, 64, 16, 32
+RANKS, ROWS, TRAINED = 2, 32, 40  # steps of training, with the first
+GOAL, NEWLINE = 0.01, "\n"
+BEGUN = time.perf_counter()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[0.0, 50.0])
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--trained", type=int, default=TRAINED, help="steps of training on two ranks")
     parser.add_argument("--fetch-threads", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        show_checks(Path(scratch))
-        corpus = make(Path(scratch) / "corpus", 2**15, 40_000_000)
-        print(f"\n{'':<24}{'at first':>10}{'then':>9}{'tokens/s':>14}{'requests':>10}{'MB':>8}")
-        show("from disk", data_of(corpus, arguments), arguments, None)
-        for latency in arguments.latency_ms:
-            with Serving(corpus, latency / 1000) as server:
-                cache = Path(scratch) / f"cache-{latency}"
-                for name, more in (
-                    ("no cache", {}),
-                    ("from nothing", {"cache": {"folder": str(cache), "gib": 1}}),
-                    ("again", {"cache": {"folder": str(cache), "gib": 1}}),
-                ):
-                    data = data_of(server.address, arguments, **more)
-                    show(f"{latency:.0f} ms, {name}", data, arguments, server)
+    if arguments.rank:
+        folder, address, more = arguments.rank
+        one_rank(folder, address, more, arguments.trained)
+        return
+    with tempfile.TemporaryDirectory(prefix="remote-") as name:
+        scratch = Path(name)
+        checks = show_checks(scratch)
+        waits, training = all_waits(scratch, arguments), all_training(scratch, arguments)
+    cores, today = os.cpu_count(), datetime.date.today()
+    text = f"""# Shards read from a server
+
+`python -m benchmarks.remote`, {today}, {cores} cores, Python {platform.python_version()}.
+
+Reading blocks in random order from the page cache, on one core:
+
+| tokens of a block | read, us | of which hash | GB/s |
+|---|---:|---:|---:|
+{NEWLINE.join(checks)}
+
+One rank, {LANES} lanes, {BATCH} sequences of {SEQ:,} a step of {arguments.step_ms:.0f} ms, blocks of 32Ki tokens,
+{arguments.fetch_threads} requests at once. The rate is that of a second pass without steps between.
+
+| storage | wait of the first {START} steps, s | share of time of the {max(arguments.steps - START, 0)} after them \
+| tokens/s | requests | requests/s | MB | bytes per useful byte |
+|---|---:|---:|---:|---:|---:|---:|---:|
+{NEWLINE.join(waits)}
+
+Training on {RANKS} ranks, {arguments.trained} steps of {ROWS} sequences of {SEQ:,}; the goal is under {GOAL:.0%}:
+
+| storage | ms per step | data wait, worst rank | first batch, worst rank, s | longest later one, ms | goal |
+|---|---:|---:|---:|---:|---|
+{NEWLINE.join(training)}
+"""
+    print(text)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"remote_CPU-{cores}-cores_{today}.md").write_text(text)
 
 
-def make(folder: Path, block_tokens: int, tokens: int) -> Path:
+def progress(line: str) -> str:
+    """The line, which is shown on stderr, too."""
+    print(f"{time.perf_counter() - BEGUN:6.0f} s {line}", file=sys.stderr, flush=True)
+    return line
+
+
+def storages(scratch: Path, corpus: Path, latencies_ms: list[float]) -> Iterator[tuple[str, Storage]]:
+    """Each name with an address, what the run's data says beside it, and the server."""
+    yield "disk", (str(corpus), {}, None)
+    for latency in latencies_ms:
+        with Serving(corpus, latency / 1000) as server:
+            cache = {"cache": {"folder": str(scratch / f"cache-{latency}"), "gib": 1}}
+            yield f"{latency:.0f} ms, no cache", (server.address, {}, server)
+            yield f"{latency:.0f} ms, cache, from nothing", (server.address, cache, server)
+            yield f"{latency:.0f} ms, cache, again", (server.address, cache, server)
+
+
+def all_waits(scratch: Path, arguments: argparse.Namespace) -> list[str]:
+    corpus = make(scratch / "corpus", 2**15, 40_000_000)
+    return [
+        progress(show(name, data_of(place, arguments, **more), arguments, server))
+        for name, (place, more, server) in storages(scratch, corpus, arguments.latency_ms)
+    ]
+
+
+def make(folder: Path, block_tokens: int, tokens: int, vocab: int = VOCAB) -> Path:
     """A corpus of one slice."""
-    format, rng = Format(block_tokens, VOCAB, VOCAB - 1), np.random.default_rng(0)
+    format, rng = Format(block_tokens, vocab, vocab - 1), np.random.default_rng(0)
     place = folder / "slices" / "s0"
     place.mkdir(parents=True)
     writer = SliceWriter(place, format)
     for i in range(tokens // 10_000):
-        writer.add(Document("", str(i), "random", "", {}), rng.integers(0, VOCAB - 1, 9_999), "train")
+        writer.add(Document("", str(i), "random", "", {}), rng.integers(0, vocab - 1, 9_999), "train")
     shards = writer.close()
     (place / "slice.json").write_text("{}")
     sealed = SealedSlice("s0", 0, shards, file_hash(place / "ids.npy"), file_hash(place / "slice.json"))
@@ -78,9 +141,9 @@ def make(folder: Path, block_tokens: int, tokens: int) -> Path:
 # --- what a check costs -----------------------------------------------------------------------------------------------
 
 
-def show_checks(scratch: Path) -> None:
+def show_checks(scratch: Path) -> list[str]:
     """Reading blocks in random order from the page cache, one core; the hashing of the same bytes alone."""
-    print(f"{'block':>10}{'read, us':>12}{'of which hash':>16}{'GB/s':>8}")
+    lines = []
     for power in (14, 16, 18, 20):
         shards = Manifest.open(make(scratch / f"checks-{power}", 2**power, 20 * 2**20)).shards("train", 0)
         blocks = np.random.default_rng(1).permutation(shards.blocks)
@@ -96,9 +159,9 @@ def show_checks(scratch: Path) -> None:
                 xxhash.xxh3_128_digest(data)
             hashes.append((time.perf_counter() - begun) / len(blocks))
         read, hash = statistics.median(reads), statistics.median(hashes)
-        print(
-            f"{2**power // 1024:>8}Ki{1e6 * read:>12.1f}{100 * hash / read:>14.1f} %{len(held[0]) / read / 1e9:>8.2f}"
-        )
+        rate = len(held[0]) / read / 1e9
+        lines.append(progress(f"| {2**power // 1024}Ki | {1e6 * read:.1f} | {hash / read:.1%} | {rate:.2f} |"))
+    return lines
 
 
 # --- the wait ---------------------------------------------------------------------------------------------------------
@@ -116,25 +179,109 @@ def stream_of(data: Data) -> Stream:
     return Stream(order, Steps([(0, BATCH)]), Skips(), corpora.shards(pools), data, 8)
 
 
-def show(name: str, data: Data, arguments: argparse.Namespace, server: Serving | None) -> None:
+def show(name: str, data: Data, arguments: argparse.Namespace, server: Serving | None) -> str:
     """What the first steps wait, the share of time that the later ones do, and the rate without steps between."""
     waits = []
     for _, waited in timed(stream_of(data).batches(0, arguments.steps)):
         time.sleep(arguments.step_ms / 1000)
         waits.append(waited)
     first, later = sum(waits[:START]), sum(waits[START:])
-    share = later / (later + len(waits[START:]) * arguments.step_ms / 1000)
+    share = later / (later + len(waits[START:]) * arguments.step_ms / 1000) if later else 0.0
     if name.endswith("from nothing"):
         shutil.rmtree(data.cache.folder if data.cache else "")
     before = server.told() if server else (0, 0)
     begun = time.perf_counter()
-    fed = sum(batch.valid.sum() for batch in stream_of(data).batches(0, arguments.steps))
-    rate = int(fed) / (time.perf_counter() - begun)
+    fed = int(sum(batch.valid.sum() for batch in stream_of(data).batches(0, arguments.steps)))
+    seconds = time.perf_counter() - begun
     asked = [a - b for a, b in zip(server.told() if server else (0, 0), before, strict=True)]
-    print(
-        f"{name:<24}{first:>8.2f} s{100 * share:>7.2f} %{rate:>14,.0f}{asked[0]:>10,}{asked[1] / 1e6:>8.1f}",
-        flush=True,
+    cells = [f"{asked[0]:,}", f"{asked[0] / seconds:,.0f}", f"{asked[1] / 1e6:.1f}", f"{asked[1] / (2 * fed):.2f}"]
+    return (
+        f"| {name} | {first:.2f} | {share:.2%} | {fed / seconds:,.0f} | "
+        + " | ".join(cells if server else [""] * 4)
+        + " |"
     )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def all_training(scratch: Path, arguments: argparse.Namespace) -> list[str]:
+    """The wait of a real run on two ranks, from the disk and from the slowest server."""
+    corpus = make(scratch / "small", 2**15, 2 * arguments.trained * ROWS * SEQ + 2**21, SMALL_VOCAB)
+    place = scratch / "training"
+    place.mkdir()
+    lines = []
+    slowest = [max(arguments.latency_ms)]
+    for number, (name, (address, more, _)) in enumerate(storages(place, corpus, slowest)):
+        found = train(place / f"run-{number}", address, more, arguments.trained)
+        later = [each["waits"][1:] for each in found]
+        worst = max(sum(waits) / each["seconds"] for waits, each in zip(later, found, strict=True))
+        step_ms = 1000 * found[0]["seconds"] / len(later[0])
+        first = max(each["waits"][0] for each in found)
+        longest = 1000 * max(max(waits) for waits in later)
+        goal = "met" if worst < GOAL else "missed"
+        lines.append(progress(f"| {name} | {step_ms:.0f} | {worst:.2%} | {first:.2f} | {longest:.0f} | {goal} |"))
+    return lines
+
+
+def train(folder: Path, address: str, more: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """What each rank waited in each step, and the seconds of all but the first."""
+    from tests.processes import environment, free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.remote", "--trained", str(steps)]
+    command += ["--rank", str(folder), address, json.dumps(more)]
+    started = [
+        subprocess.Popen(command, env=environment(rank, RANKS, port), stdout=subprocess.PIPE, text=True)
+        for rank in range(RANKS)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), [process.returncode for process in started]
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+def one_rank(folder: str, address: str, more: str, steps: int) -> None:
+    """A rank's steps, as `pretrain train` makes them."""
+    import torch
+
+    from pretrain.guard import StopSignals
+    from pretrain.meter import Startup
+    from pretrain.ranks import Ranks
+    from pretrain.run import TrainRun
+    from pretrain.start import begin
+    from pretrain.watchdog import Watchdog
+
+    torch.set_num_threads(1)
+    model = {"kind": "gpt", "layers": 2, "width": 64, "heads": 2, "context": SEQ, "vocab_size": SMALL_VOCAB}
+    tree = {
+        "name": "benchmark", "run_folder": folder, "model": model, "seed": 1,
+        "data": {"seq_tokens": SEQ, "sources": {"random": {"shards": address}}, **json.loads(more)},
+        "batch_tokens": ROWS * SEQ, "micro_batch_seqs": 4, "train_tokens": steps * ROWS * SEQ,
+        "optim": {"kind": "adamw", "lr_peak": "1e-3"}, "schedule": {"kind": "cosine"},
+        "engine": {"kind": "torch", "precision": "fp32"}, "preflight": {"enabled": False},
+    }  # fmt: skip
+    run, ranks = configs.build(TrainRun, tree, "benchmark"), Ranks.join()
+    attempt = begin(run, ranks, StopSignals(), Watchdog(ranks, run.run_folder, 1e6, 1e6), Startup())
+    waits: list[float] = []
+    first_done = 0.0
+    for batch, waited in timed(attempt.stream.batches(0, attempt.last_step)):
+        begun = time.perf_counter()
+        tokens = attempt.course.tokens(batch.step + 1)
+        now = attempt.course.at(batch.step)
+        rates = now.optim.rates(now.schedule.factor(tokens, now.train_tokens))
+        count = int(tokens - attempt.course.tokens(batch.step))
+        outcome = attempt.engine.step(attempt.feed(batch), count, rates, attempt.noise(batch.step))
+        attempt.advance(batch)
+        attempt.post(outcome, rates.lr, time.perf_counter() - begun, waited)
+        attempt.judge(batch, outcome)
+        waits.append(waited)
+        first_done = first_done or time.perf_counter()
+    print(json.dumps({"waits": waits, "seconds": time.perf_counter() - first_done}), flush=True)
+    ranks.leave_together(20)
+    os._exit(0)
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
 
 
 class Serving:
@@ -159,6 +306,9 @@ class Serving:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.join()
+
+
+Storage = tuple[str, dict[str, Any], Serving | None]
 
 
 def serve(folder: Path, latency_s: float, pipe: Connection) -> None:
