@@ -294,7 +294,7 @@ def _megatron(folder: Path, cache: Path) -> Any:
 def megatron(folder: Path, workers: int, cache: Path | None) -> Iterator[Any]:
     from torch.utils.data import DataLoader, SequentialSampler
 
-    dataset = _megatron(folder, folder)
+    dataset = _megatron(folder, cache or folder)
     for batch in DataLoader(
         dataset, batch_size=ROWS, sampler=SequentialSampler(dataset), num_workers=workers, drop_last=True
     ):
@@ -419,12 +419,16 @@ class Late(Exception):
     """WAIT_S have passed."""
 
 
-def wait(name: str, folder: Path, cache: Path | None) -> dict[str, float]:
-    """The wait of a consumer that takes a batch every STEP_S, after the first; what there is of it after WAIT_S."""
+def wait(name: str, folder: Path, near: Path, cache: Path | None) -> dict[str, float]:
+    """The wait of a consumer that takes a batch every STEP_S, after the first; what there is of it after WAIT_S.
+
+    `near` has the same files; a batch of it imports and compiles what there is.
+    """
 
     def stop(*_: object) -> None:
         raise Late
 
+    take_one(name, near)
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(WAIT_S)
     workers = 0 if name == "ours" else 1
@@ -511,7 +515,9 @@ class Run:
         place = Path(tempfile.mkdtemp(prefix="late-", dir=self.work))
         command = [self.peers, "-m", "benchmarks.loader", "--side", "ours", "--do", "mount", str(place)]
         command += [str(seconds), "--folder", str(folder)]
-        server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": ROOT}, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             deadline = time.monotonic() + 20
             while not os.path.ismount(place):
@@ -581,10 +587,10 @@ def measure(run: Run, rounds: int, latency_s: float, parts: str, sides: list[str
             cache = tempfile.mkdtemp(prefix="cache-", dir=run.work)
             try:
                 if seconds == 0:
-                    found[name][key] = run.call(name, "wait")
+                    found[name][key] = run.call(name, "wait", str(folder))
                 else:
                     with run.late(folder, seconds) as place:
-                        found[name][key] = run.call(name, "wait", cache, folder=place)
+                        found[name][key] = run.call(name, "wait", str(folder), cache, folder=place)
             except (subprocess.SubprocessError, RuntimeError) as error:
                 found[name][key] = {"failed": last_words(error)}
             shutil.rmtree(cache, ignore_errors=True)
@@ -686,7 +692,8 @@ def do(arguments: argparse.Namespace) -> None:
         elif what == "read":
             found = read_all(name, folder, rest == ["cold"])
         elif what == "wait":
-            found = wait(name, folder, Path(rest[0]) if rest else None)
+            near, *cache = map(Path, rest)
+            found = wait(name, folder, near, cache[0] if cache else None)
         elif what == "mount":
             mount(folder, Path(rest[0]), float(rest[1]))
     print(json.dumps(found), flush=True)

@@ -151,6 +151,8 @@ def streaming(folder: Path) -> dict[str, float]:
     clock.mark("open")
     samples = dataset.num_samples
     dataset.load_state_dict({**dataset.state_dict(0, True), "epoch": 0, "sample_in_epoch": samples // 2})
+    dataset._unique_worker_world = dataset._unique_rank_world.detect_workers()  # as its __iter__ begins
+    dataset._parallel_worker_world = dataset._parallel_rank_world.detect_workers()
     epoch, begun = dataset._resume_incr_epoch()
     work = dataset._get_work(epoch, begun)
     assert begun == samples // 2 and len(work) >= samples // 2
