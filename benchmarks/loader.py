@@ -603,10 +603,11 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {  # tokens per second 
     "by the clock, warm": lambda side: statistics.median(each["wall"] for each in side["warm"]),
     "by the clock, cold": lambda side: float(side["cold"]["wall"]),
 }
-PEERS: dict[str, Callable[[Side], bool]] = {
-    "the best": lambda side: True,
-    "the best of those that read tars or resume exactly": lambda side: side.reads_tars or side.resumes,
-    "the best of those that read tars": lambda side: side.reads_tars,
+PEERS: dict[str, Callable[[str, Side], bool]] = {
+    "the best": lambda name, side: True,
+    "the best of those that read tars or resume exactly": lambda name, side: side.reads_tars or side.resumes,
+    "the same, each reading its own format": lambda name, side: name not in FOLDERS,
+    "the best of those that read tars and resume exactly": lambda name, side: side.reads_tars and side.resumes,
 }
 
 
@@ -619,7 +620,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> list[str]:
         return []
     lines = ["", "| ours over | " + " | ".join(MEASURES) + " |", "|---|" + "---:|" * len(MEASURES)]
     for which, counts in PEERS.items():
-        peers = [name for name in rates if name != "ours" and counts(SIDES[name])]
+        peers = [name for name in rates if name != "ours" and counts(name, SIDES[name])]
         cells = []
         for i in range(len(MEASURES) if peers else 0):
             best = max(peers, key=lambda name: rates[name][i])
