@@ -19,11 +19,13 @@ one.
 
 The sides, as their own pages advise: streaming and Energon as in their quick starts, with a buffer of 1,000 samples
 where there is one; litData with TokensLoader, a shared drive as `local:`; webdataset batches inside the dataset; grain
-reads ArrayRecords of one record a group. All turn a batch to int64 as late as they allow. "Our tars" is webdataset over
-the shards that ours reads, whose blocks it cuts into sequences: the same bytes, decoded once for 64 sequences.
+reads ArrayRecords of one record a group, uncompressed as all others are. All turn a batch to int64 as late as they
+allow. "Our tars" is webdataset over the shards that ours reads, whose blocks it cuts into sequences: the same bytes,
+decoded once for 64 sequences.
 
 What is not the same: ours checks every block against its hash and hashes every sample for the digest of the run, the
-others check nothing; Megatron's batch has labels, loss mask and positions with it.
+others check nothing; Megatron's batch has labels, loss mask and positions with it; webdataset and Energon shuffle in
+their buffer, litData within and among few chunks, ours by lanes and windows, the others everything.
 """
 
 from __future__ import annotations
@@ -306,7 +308,7 @@ def prepare_grain(source: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for shard, part in enumerate(_batched(source)):
-        writer = ArrayRecordWriter(str(folder / f"shard-{shard:06d}.array_record"), "group_size:1")
+        writer = ArrayRecordWriter(str(folder / f"shard-{shard:06d}.array_record"), "group_size:1,uncompressed")
         for row in part:
             writer.write(row.tobytes())
         writer.close()
