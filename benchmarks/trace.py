@@ -101,10 +101,11 @@ def measure(folder: Path, run: TrainRun) -> tuple[list[str], str]:
         assert taken is not None and not taken.unknown
         skips = Skips((), course.order, [Withdrawal(1, {0: taken.ranges["web", 0]})])
         timed("counted to the end of the run", partial(skips.before, course.end_sample), "{:,}".format)
-    every = int(run.train_tokens) // run.data.seq_tokens // MANY
-    many = np.arange(MANY)[:, None] * every + np.array([0, 1])
+    samples = int(run.train_tokens) // run.data.seq_tokens
+    count = min(MANY, samples // 2)
+    many = np.arange(count)[:, None] * (samples // count) + np.array([0, 1])
     skips = Skips((), course.order, [Withdrawal(1, {0: many})])
-    timed(f"{MANY:,} samples withdrawn, counted to the end", lambda: skips.before(course.end_sample), "{:,}".format)
+    timed(f"{count:,} samples withdrawn, counted to the end", lambda: skips.before(course.end_sample), "{:,}".format)
     timed("counted to a third, once more", lambda: skips.before(course.end_sample // 3), "{:,}".format)
     assert next(by_ids(corpora.manifests["web"], ["nobody's"], checked=True), None) is None
     return lines, f"{course.end_step:,} steps of {course.end_sample:,} samples in all"
