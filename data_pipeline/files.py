@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -130,6 +131,9 @@ class Folder(_Checked):
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda _: True)
 
     def full(self, name: str, offset: int, size: int) -> bytes:
+        with suppress(OSError):  # as it nearly always goes
+            if len(data := self._pread(name, offset, size)) == size:
+                return data
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda data: len(data) == size)
 
     def size(self, name: str) -> int:
@@ -164,7 +168,7 @@ class Folder(_Checked):
                 return self._open[name]
             while len(self._open) >= self.MAX_OPEN:
                 self._open.popitem(last=False)
-        opened = _Descriptor(self.folder / name)  # not under the lock: it may take a mount its time
+        opened = _Descriptor(f"{self.address}/{name}")  # not under the lock: it may take a mount its time
         with self._lock:
             self._open[name] = opened
         return opened
@@ -193,7 +197,7 @@ class Folder(_Checked):
 class _Descriptor:
     """An open file, closed when nobody uses it any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)
 
