@@ -35,7 +35,7 @@ from data_pipeline.stage import staged
 
 MIB = 2**20
 LOCATED_AT_ONCE = 2**14  # samples: numpy's price per call, some hundred calls, is shared by many steps
-LOCATED_AT_FIRST = 2**10  # so that the first step need not wait for so many
+LOCATED_AT_FIRST = 2**10  # then twice as many each time: a start need not wait for so many, nor a short run
 
 
 def _place(value: object) -> object:
@@ -120,6 +120,8 @@ class Corpora:
         except ShardError as error:
             raise ConfigError(f"data.sources.{name}.shards: {error}") from None
         sealed = len(manifest.generations)
+        if not sealed:
+            raise ConfigError(f"data.sources.{name}.shards: {source.shards} has no shards; give its preparation text")
         if source.generations is not None and source.generations > sealed:
             raise ConfigError(
                 f"data.sources.{name}.generations: {source.generations} asked for, {source.shards} has {sealed}"
@@ -215,7 +217,9 @@ class Stream:
         )
         self._dtype = shards[0].format.dtype
         most = max(batch for _, batch in steps.pieces)
-        self._strides = [max(1, count * ranks // most) for count in (LOCATED_AT_FIRST, LOCATED_AT_ONCE)]  # steps
+        times = (LOCATED_AT_ONCE // LOCATED_AT_FIRST).bit_length()
+        self._strides = [max(1, (LOCATED_AT_FIRST << i) * ranks // most) for i in range(times)]  # steps
+        self._level, self._located_to = 0, -1  # which of them was located last, and up to which step
         self._shares: OrderedDict[tuple[int, int], list[_Share]] = OrderedDict()
         self._locating = threading.Lock()
 
@@ -276,9 +280,12 @@ class Stream:
                 shares = self._shares.get((stride, step // stride))
                 if shares is not None:
                     return shares[step % stride]
-            stride = self._strides[1 if self._shares else 0]
+            goes_on = self._located_to <= step < self._located_to + self._strides[-1]
+            self._level = min(self._level + 1, len(self._strides) - 1) if goes_on else 0
+            stride = self._strides[self._level]
             shares = self._shares[stride, step // stride] = self._locate(step // stride * stride, stride)
-            while len(self._shares) > 3:  # where batches are made, and where blocks are fetched ahead
+            self._located_to = (step // stride + 1) * stride
+            while len(self._shares) > 4:  # where batches are made, and where blocks are fetched ahead
                 self._shares.popitem(last=False)
             return shares[step % stride]
 
@@ -382,8 +389,12 @@ class Validation:
     def batches(self, rows: int, rank: int, ranks: int) -> Iterator[Rows]:
         """Equally many batches on every rank, filled up with rows of valid 0."""
         with self.reading(rows, rank, ranks) as reading:
-            for _ in range(0, len(self.rows), rows * ranks):
+            for _ in range(self.batch_count(rows, ranks)):
                 yield reading.take()
+
+    def batch_count(self, rows: int, ranks: int) -> int:
+        """How many batches every rank reads."""
+        return math.ceil(len(self.rows) / (rows * ranks))
 
     @contextmanager
     def reading(self, rows: int, rank: int, ranks: int) -> Iterator[Reading[Rows]]:

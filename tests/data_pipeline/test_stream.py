@@ -253,7 +253,7 @@ def test_how_many_places_are_found_at_once_changes_nothing(
     at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [plan.stream(rank=1, ranks=2).batch(step) for step in range(STEPS)]
-    monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_FIRST", min(at_once // 4, 2**10))
+    monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_FIRST", max(1, min(at_once // 4, 2**10)))
     monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_ONCE", at_once)
     stream = plan.stream(rank=1, ranks=2)
     assert all(same(stream.batch(step), expected[step]) for step in [*range(STEPS), 7, 2, 8, 0])
@@ -441,6 +441,14 @@ def test_a_corpus_without_a_full_block(tmp_path: Path) -> None:
     assert refused(lambda: corpora.pools({"alpha": 1})) == (
         f"data.sources.alpha: no full block of 1024 tokens in generation 0 of {tmp_path / 'alpha'}; "
         "give it more text, or prepare it with smaller block_tokens"
+    )
+
+
+def test_a_corpus_without_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "alpha").mkdir()
+    seal(tmp_path / "alpha", FORMAT, {}, [])
+    assert refused(lambda: Corpora(data_of(tmp_path, ["alpha"]))) == (
+        f"data.sources.alpha.shards: {tmp_path / 'alpha'} has no shards; give its preparation text"
     )
 
 
