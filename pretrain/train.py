@@ -6,7 +6,6 @@ import logging
 import time
 
 from configs import ConfigError
-from data_pipeline.stream import timed
 from pretrain import guard
 from pretrain.attempt import Attempt, Ending
 from pretrain.engine import Outcome
@@ -21,6 +20,7 @@ from pretrain.run import TrainRun
 from pretrain.staging import stage_shards
 from pretrain.start import begin
 from pretrain.suspects import accuse
+from pretrain.together import Abandoned
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
@@ -49,7 +49,7 @@ def train(run: TrainRun, stop: StopSignals) -> int:
         if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
             return stopped
         attempt = begin(run, ranks, stop, watchdog, startup)
-        while (code := _loop(attempt)) and roll_back(attempt):
+        while (code := _trained(attempt)) and roll_back(attempt):
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
         return code
     except Exception as error:
@@ -70,12 +70,19 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             ranks.leave_together(LONGEST_CLOSE_S)
 
 
+def _trained(a: Attempt) -> int:
+    try:
+        return _loop(a)
+    except Abandoned:
+        return a.end(a.asked_to_stop())
+
+
 def _loop(a: Attempt) -> int:
     settings = a.run
     evaluated = True
     if a.position.step in (0, a.last_step) and not a.evaluated:
         evaluated = a.evaluate()
-    for batch, waited in timed(a.stream.batches(a.position.step, a.last_step)):
+    for batch, waited in a.batches():
         begun = time.perf_counter()
         a.profiler.before(batch.step + 1, waited)
         now = a.course.at(batch.step)
