@@ -42,7 +42,7 @@ from configs import ConfigError, canonical_json
 from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, is_remote
+from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, files_of, is_remote
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -538,6 +538,17 @@ class Manifest:
         """Where the corpus lies: a folder or an address."""
         return self.files.address
 
+    def name_beside(self, name: str) -> str:
+        """Of a file of the folder in which the corpus lies with others."""
+        if is_remote(self.address):
+            return f"{self.address.rpartition('/')[0]}/{name}"
+        return str(Path(self.address).parent / name)
+
+    def beside(self, name: str) -> bytes:
+        """What that file holds. Raises Unreadable."""
+        folder = self.name_beside("")
+        return (files_of(folder) if is_remote(folder) else Folder(Path(folder))).whole(name)
+
     @property
     def generations(self) -> list[dict[str, Any]]:
         """Identity (sha256) and totals of each generation."""
@@ -602,6 +613,8 @@ def chosen(table: pa.Table, wanted: Mapping[str, int | str]) -> pa.Table:
     mask = np.ones(len(table), np.bool_)
     for name, value in wanted.items():
         mask &= _equal(table[name], value) if isinstance(value, str) else _numbers(table[name]) == value
+    if mask.all():
+        return table
     bits = pa.Array.from_buffers(pa.bool_(), len(mask), [None, pa.py_buffer(np.packbits(mask, bitorder="little"))])
     return table.filter(bits)
 
@@ -722,13 +735,14 @@ class Shards:
 
     def sidecar(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
         """A row for each document that begins in a shard: SIDECAR's columns, or some of them."""
+        return read_parquet(self.sidecar_bytes(shard), columns)
+
+    def sidecar_bytes(self, shard: int) -> bytes:
+        """The same as the file, checked."""
         try:
-            return read_parquet(self._sidecar(shard), columns)
+            return self.files.whole(self.name(shard, "docs.parquet"), self._hash(shard, "docs_hash"))
         except FAILED_READS as error:
             raise self._said(error, shard, 0, "docs.parquet", "the file is") from None
-
-    def _sidecar(self, shard: int) -> bytes:
-        return self.files.whole(self.name(shard, "docs.parquet"), self._hash(shard, "docs_hash"))
 
     def tails(self) -> list[tuple[int, int]]:
         """(shard, row) of every tail."""
