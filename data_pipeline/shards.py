@@ -27,7 +27,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -56,6 +56,10 @@ Tokens = npt.NDArray[Any]  # of Format.dtype
 
 class ShardError(Exception):
     """A shard, sidecar or manifest that is damaged, missing or of another version. One line: file, place, remedy."""
+
+
+class Unreachable(ShardError):
+    """Bytes that could not be had, however long they were waited for: an outage, and nobody's mistake."""
 
 
 class DamagedBlock(ShardError):
@@ -571,7 +575,7 @@ def _head(files: Files) -> dict[str, Any]:
     except Missing:
         raise ShardError(f"{files.address}: no {MANIFEST}: not a corpus, or not finished; run data-prep run") from None
     except Unreadable as error:
-        raise ShardError(str(error)) from None
+        raise Unreachable(str(error)) from None
     try:
         head = json.loads(data.decode("utf-8"))
         version, claimed = head["format"], head["sha256"]
@@ -593,7 +597,7 @@ def _table_of(files: Files, head: dict[str, Any]) -> bytes:
     except Missing:
         raise _MissingTable(f"{path}: missing, but {MANIFEST} names it; run data-prep run again") from None
     except Unreadable as error:
-        raise ShardError(str(error)) from None
+        raise Unreachable(str(error)) from None
 
 
 def _head_bytes(head: dict[str, Any]) -> bytes:
@@ -607,32 +611,24 @@ def _self_hash(head: dict[str, Any]) -> str:
 def chosen(table: pa.Table, wanted: Mapping[str, int | str]) -> pa.Table:
     """The rows of a table whose columns have these values.
 
-    By numpy: pyarrow imports pandas where it is given Python's objects, or asked for numpy's (25.0.1), which takes
+    Without a Python object in what pyarrow is given or asked for: that makes it import pandas (25.0.1), which takes
     longer and more memory than all else of a start.
     """
-    mask = np.ones(len(table), np.bool_)
-    for name, value in wanted.items():
-        mask &= _equal(table[name], value) if isinstance(value, str) else _numbers(table[name]) == value
-    if mask.all():
-        return table
-    bits = pa.Array.from_buffers(pa.bool_(), len(mask), [None, pa.py_buffer(np.packbits(mask, bitorder="little"))])
-    return table.filter(bits)
+    mask = reduce(pc.and_, (pc.is_in(table[name], value_set=_alone(value)) for name, value in wanted.items()))
+    return table if pc.all(mask).as_py() else table.filter(mask)
+
+
+def _alone(value: int | str) -> pa.Array:
+    """An array of one value, of a column of strings or of int32. See `chosen`."""
+    if isinstance(value, int):
+        return pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(struct.pack("<i", value))])
+    data = value.encode()
+    return pa.StringArray.from_buffers(1, pa.py_buffer(struct.pack("<ii", 0, len(data))), pa.py_buffer(data))
 
 
 def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     """A column of whole numbers. See `chosen`."""
     return np.concatenate([np.zeros(0, np.int64), *(np.from_dlpack(chunk) for chunk in column.chunks)])
-
-
-def _equal(column: pa.ChunkedArray, value: str) -> npt.NDArray[np.bool_]:
-    """Where a column of strings has a value."""
-    parts = [np.zeros(0, np.bool_)]
-    for chunk in column.chunks:
-        encoded = chunk.dictionary_encode()
-        values = encoded.dictionary.to_pylist()
-        code = values.index(value) if value in values else -1
-        parts.append(np.from_dlpack(encoded.indices) == code)
-    return np.concatenate(parts)
 
 
 FAILED_READS = (Unreadable, Damaged)
@@ -788,7 +784,7 @@ class Shards:
         if isinstance(error, Missing):
             return ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify")
         if not isinstance(error, Damaged):
-            return ShardError(str(error))
+            return Unreachable(str(error))
         slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
         how = "damaged" if entry is None else self._damage(error.data, entry)
         line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"

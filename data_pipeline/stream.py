@@ -30,7 +30,7 @@ from data_pipeline.blocks import Block, OpenBlocks
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote
 from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
-from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens, Unreachable
 from data_pipeline.stage import staged
 
 MIB = 2**20
@@ -93,7 +93,7 @@ class Data(Section):
 
 
 class Corpora:
-    """The opened corpora of a run, all of one tokenizer. Raises ConfigError with the source's name."""
+    """The opened corpora of a run, all of one tokenizer. Raises ConfigError with the source's name, and Unreachable."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -117,6 +117,8 @@ class Corpora:
     def _open(self, name: str, source: Source) -> Manifest:
         try:
             manifest = open_source(source, self.data)
+        except Unreachable as error:  # the same command is to be run again, as a launcher does
+            raise Unreachable(f"data.sources.{name}.shards: {error}") from None
         except ShardError as error:
             raise ConfigError(f"data.sources.{name}.shards: {error}") from None
         sealed = len(manifest.generations)

@@ -184,6 +184,12 @@ def advice(course: Course) -> list[str]:
                 f"source {source}: a step takes {drawn} sequences of it, and it has {samples}: some stand in the step "
                 "more than once; give it more text or less weight, or take a smaller batch_tokens"
             )
+    far = [name for name, manifest in course.corpora.manifests.items() if manifest.files.is_far]
+    if far and run.data.cache is None and run.data.stage is None:
+        lines.append(
+            f"data.cache: not set, and the shards of {', '.join(far)} are far: each of a node's ranks fetches for "
+            "itself, again in each epoch, and asks twice for each block; name a folder of the node's own disk"
+        )
     per_lane = math.ceil(batch / order.lanes)
     wanted = min(GROUP_BLOCKS_PER_SEQUENCE * per_lane, blocks // order.lanes)
     if per_lane > 1 and wanted >= 2 * order.group_blocks:

@@ -19,7 +19,7 @@ from data_pipeline import files
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
 from data_pipeline.order import Order, Segment, Skips, Steps
-from data_pipeline.shards import DamagedBlock, Manifest, ShardError
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Unreachable
 from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
@@ -204,6 +204,8 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
     with pytest.raises(ShardError, match=r"^http://127.*, after 3 attempts; run the same command again") as e:
         list(stream.batches(0, STEPS))
     assert not isinstance(e.value, DamagedBlock)
+    with pytest.raises(Unreachable, match=r"^data.sources.alpha.shards: http://127.*, after 3 attempts; run the same "):
+        Corpora(data_of(f"{server.address}/a"))  # no mistake of the configuration: a launcher starts it again
     for path in server.files:
         server.faults[path] = ["404*"]
     with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):

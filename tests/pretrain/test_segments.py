@@ -116,6 +116,11 @@ def test_a_batch_larger_than_a_source_is_said(folder: Path, tmp_path: Path) -> N
     ]
     enough = run_of(folder)
     assert advice(plan_course(enough, begun(enough))) == []
+    far = run_of(folder, alpha={}, beta={"shared_mount": True})
+    (line,) = advice(plan_course(far, begun(far)))
+    assert line.startswith(
+        "data.cache: not set, and the shards of beta are far: each of a node's ranks fetches for itself, "
+    )
 
 
 def test_groups_that_are_small_for_a_step_are_said(folder: Path) -> None:
