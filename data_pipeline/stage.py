@@ -134,7 +134,7 @@ class Staging:
 def stage(folder: Path, corpora: Sequence[tuple[Manifest, int]], is_over: Callable[[], bool] = lambda: False) -> None:
     """Copy what is not there yet; one process of a node does, the others wait for it.
 
-    Raises ConfigError where the disk is too small, ShardError where a file is damaged, Unreachable where it cannot be had.
+    Raises ConfigError where the disk is too small, ShardError where a file is damaged, or Unreachable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import logging
 import time
 
 from configs import ConfigError
+from data_pipeline import files
 from pretrain import guard
 from pretrain.attempt import Attempt, Ending
 from pretrain.engine import Outcome
@@ -46,11 +47,16 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     attempt: Attempt | None = None
     together = False  # every rank raises the same
     try:
-        if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
-            return stopped
-        attempt = begin(run, ranks, stop, watchdog, startup)
+        with files.stopping(lambda: stop.exit_code() is not None):
+            if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
+                return stopped
+            attempt = begin(run, ranks, stop, watchdog, startup)
         while (code := _trained(attempt)) and roll_back(attempt):
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
+        return code
+    except files.Stopped:
+        code = stop.exit_code() or guard.STOPPED  # of rank 0's, where this one was not asked
+        log.info("stopped while it waited for its shards, before a step (exit %d)", code)
         return code
     except Exception as error:
         together = "said_by_rank_0" in vars(error) or isinstance(error, PreflightError)

@@ -18,7 +18,7 @@ from pretrain.ranks import Ranks
 from pretrain.run import load_run
 from pretrain.staging import stage_shards
 from pretrain.watchdog import Watchdog
-from tests.data_pipeline.servers import moto
+from tests.data_pipeline.servers import Server, moto
 from tests.processes import on_ranks
 from tests.runs import Started, final_state, losses, run_to_end, write_run
 
@@ -74,6 +74,22 @@ def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
     expected = losses(golden, 1)
     later = losses(away, 3)
     assert later == {step: loss for step, loss in expected.items() if step in later} and STEPS in later
+
+
+def test_a_start_that_waits_for_a_server_hears_a_signal(tmp_path: Path) -> None:
+    server = Server()
+    try:
+        server.files["/alpha/MANIFEST.json"] = b""
+        server.faults["/alpha/MANIFEST.json"] = ["503*"]
+        started = Started(write_run(tmp_path), 1, f"data.sources.alpha.shards={server.address}/alpha")
+        deadline = time.monotonic() + 100
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started.signal(signal.SIGTERM)
+        assert started.wait(60) == [3]
+        assert "stopped while it waited for its shards, before a step (exit 3)" in started.text
+    finally:
+        server.close()
 
 
 def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
