@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs import Section
 from data_pipeline.dropped import examples, lost_documents
+from data_pipeline.files import Unreadable
 from data_pipeline.plan import PLAN, Plan
 from data_pipeline.progress import size
 from data_pipeline.samples import Sample, excerpts, samples
@@ -82,6 +83,15 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def read_beside(manifest: Manifest) -> dict[str, Any]:
+    """The card that lies beside a corpus, wherever that is; {} where there is none that can be read."""
+    try:
+        card = json.loads(manifest.beside(CARD))
+    except (Unreadable, ValueError):
         return {}
     return card if isinstance(card, dict) else {}
 

@@ -166,7 +166,7 @@ def card(where: Where, overrides: Overrides = None, as_json: AsJson = False) -> 
 
 @app.command()
 def inspect(
-    where: Where,
+    where: Annotated[str, typer.Argument(help="a folder of shards, the config that made it, or a corpus' address")],
     samples: Annotated[int, typer.Option(min=0, help="decoded texts per corpus")] = 3,
     search: Annotated[str | None, typer.Option(help="documents whose text contains this")] = None,
     doc: Annotated[str | None, typer.Option(help="the document of this id")] = None,
@@ -176,10 +176,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Counts and decoded samples of finished shards, or the documents asked for: text, address, place."""
-    from data_pipeline.shards import Manifest
-    from data_pipeline.summary import folder_tokenizer, folders
+    from data_pipeline.summary import folder_tokenizer, opened
 
-    corpora = [(manifest, folder_tokenizer(manifest)) for manifest in map(Manifest.open, folders(where))]
+    corpora = [(manifest, folder_tokenizer(manifest)) for manifest in opened(where)]
     asked = [
         name for name, value in (("search", search), ("doc", doc), ("dropped", dropped), ("token", token)) if value
     ]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_pipeline.document import Document
+from data_pipeline.files import Missing, Unreadable
 from data_pipeline.shards import RECORD, Manifest, ShardError, file_hash, sync_file
 
 DROPPED = "dropped.parquet"
@@ -107,31 +108,34 @@ class Dropped:
         self._rows = []
 
 
-def files(manifest: Manifest) -> Iterator[Path]:
-    """The `dropped.parquet` of each of a corpus' slices that has one, in their order."""
+def slices(manifest: Manifest) -> list[str]:
+    """A corpus' slices, those of which nothing was taken too, in their order."""
     with_shards = dict.fromkeys(manifest.table["slice"].to_pylist())
     without = {name.split("/")[1] for name in manifest.head.get("files", {}) if name.endswith(f"/{RECORD}")}
-    for slice_ in sorted({*with_shards, *without}):
-        path = manifest.folder / "slices" / slice_ / DROPPED
-        if path.is_file():
-            yield path
+    return sorted({*with_shards, *without})
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file. Raises ShardError on damage."""
+def rows(manifest: Manifest, slice: str) -> Iterator[dict[str, Any]]:
+    """The rows of a slice's file; none where there is no file. Raises ShardError."""
+    name = f"slices/{slice}/{DROPPED}"
     try:
-        for batch in pq.ParquetFile(path).iter_batches(use_threads=False):
+        where = pa.BufferReader(manifest.files.whole(name)) if manifest.files.is_far else manifest.folder / name
+        for batch in pq.ParquetFile(where).iter_batches(use_threads=False):
             yield from batch.to_pylist()
+    except (Missing, FileNotFoundError):
+        return
+    except Unreadable as error:
+        raise ShardError(str(error)) from None
     except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{path}: damaged ({type(error).__name__}); see data-prep verify") from None
+        raise ShardError(f"{manifest.address}/{name}: damaged ({type(error).__name__}); see data-prep verify") from None
 
 
 def by_rule(manifest: Manifest, rule: str) -> Iterator[dict[str, Any]]:
     """The rows of every document dropped for a reason; `gopher` stands for all reasons that begin with `gopher:`."""
-    for path in files(manifest):
-        for row in rows(path):
+    for slice_ in slices(manifest):
+        for row in rows(manifest, slice_):
             if row["reason"] == rule or row["reason"].startswith(f"{rule}:"):
-                yield {**row, "slice": path.parent.name}
+                yield {**row, "slice": slice_}
 
 
 def lost_documents(counts: Mapping[str, Any]) -> dict[str, int]:
@@ -143,9 +147,8 @@ def lost_documents(counts: Mapping[str, Any]) -> dict[str, int]:
 def examples(manifest: Manifest, count: int) -> dict[str, list[dict[str, Any]]]:
     """For each reason up to `count` rows with their text: those with the smallest hashes of their ids."""
     found: dict[str, list[dict[str, Any]]] = {}
-    paths = sorted(files(manifest), key=lambda path: example_place(path.parent.name))
-    for path in sorted(paths[:LOOKED_INTO]):
-        for row in rows(path):
+    for slice_ in sorted(sorted(slices(manifest), key=example_place)[:LOOKED_INTO]):
+        for row in rows(manifest, slice_):
             if row["text"] is not None:
                 found.setdefault(row["reason"], []).append(row)
         for reason, several in found.items():

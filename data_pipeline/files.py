@@ -12,7 +12,8 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -24,7 +25,34 @@ T = TypeVar("T")
 REMOTE = ("s3://", "https://", "http://")
 LATE = (errno.ENOENT, errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO)
 PATIENCE_S = 2.0  # of a run, for a file of a folder that is not there, or not as long as it should be
+LOOK_S = 0.5  # between two looks whether this process is to stop
 MOUNT_PATIENCE_S = 75.0  # on a shared mount; NFS looks at a folder again after up to 60 s
+
+
+class Stopped(Exception):
+    """This process was asked to stop while its main thread waited for files."""
+
+
+_asked: list[Callable[[], bool]] = []
+
+
+@contextmanager
+def stopping(when: Callable[[], bool]) -> Iterator[None]:
+    """While this lasts, the main thread waits for no files any more once `when` is true: it raises Stopped."""
+    _asked.append(when)
+    try:
+        yield
+    finally:
+        _asked.remove(when)
+
+
+def wait(seconds: float) -> None:
+    """Sleep between two attempts. Raises Stopped, see `stopping`."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if threading.current_thread() is threading.main_thread() and any(when() for when in _asked):
+            raise Stopped
+        time.sleep(min(left, LOOK_S))
 
 
 class Unreadable(Exception):
@@ -130,6 +158,9 @@ class Folder(_Checked):
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda _: True)
 
     def full(self, name: str, offset: int, size: int) -> bytes:
+        with suppress(OSError):  # as it nearly always goes
+            if len(data := self._pread(name, offset, size)) == size:
+                return data
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda data: len(data) == size)
 
     def size(self, name: str) -> int:
@@ -164,14 +195,14 @@ class Folder(_Checked):
                 return self._open[name]
             while len(self._open) >= self.MAX_OPEN:
                 self._open.popitem(last=False)
-        opened = _Descriptor(self.folder / name)  # not under the lock: it may take a mount its time
+        opened = _Descriptor(f"{self.address}/{name}")  # not under the lock: it may take a mount its time
         with self._lock:
             self._open[name] = opened
         return opened
 
     def _patiently(self, name: str, read: Callable[[], T], is_enough: Callable[[T], bool]) -> T:
         """Read again, through a new descriptor, what is not there, stale, or too short; the last result counts."""
-        deadline, wait = time.monotonic() + self.patience_s, 0.05
+        deadline, pause = time.monotonic() + self.patience_s, 0.05
         while True:
             over = time.monotonic() >= deadline
             try:
@@ -181,8 +212,8 @@ class Folder(_Checked):
                 if over or error.errno not in LATE:
                     raise self._refusal(name, error) from None
             self.renew(name)
-            time.sleep(min(wait, max(deadline - time.monotonic(), 0.01)))
-            wait = min(2 * wait, 5.0)
+            wait(min(pause, max(deadline - time.monotonic(), 0.01)))
+            pause = min(2 * pause, 5.0)
 
     def _refusal(self, name: str, error: OSError) -> Unreadable:
         if error.errno == errno.ENOENT:
@@ -193,7 +224,7 @@ class Folder(_Checked):
 class _Descriptor:
     """An open file, closed when nobody uses it any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)
 

@@ -7,27 +7,34 @@ of its shard, or the tail behind the last one.
 from __future__ import annotations
 
 import io
+import math
 import re
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
 from configs import ConfigError
+from data_pipeline.files import Damaged, Files, Unreadable
 from data_pipeline.progress import Progress
-from data_pipeline.shards import Manifest, ShardError, Shards, Split, Tokens, file_hash, id_hash, read_parquet
+from data_pipeline.shards import Manifest, ShardError, Shards, Split, Tokens, chosen, id_hash
 from data_pipeline.tokenizer import Tokenizer
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 FEW = 16  # ids that are sought one by one in an index that need not be read whole
+MOST_SIDECARS = 4  # held of a stream
+LOOKED_UP_AT_ONCE = 16  # indices: where shards are far, a request takes its time
 AROUND = 60  # tokens shown on either side of what was asked for
 BETWEEN = b"\xff"  # stands for the mark between documents: no text has this byte
 TOKEN_PLACE = re.compile(r"(?:(?P<corpus>[^:/]+):)?(?P<slice>[^:/]+)/(?P<shard>[^:/]+):(?P<row>\d+):(?P<token>\d+)")
@@ -56,7 +63,8 @@ class Stream:
     def __init__(self, manifest: Manifest, generation: int, split: Split, slice: str) -> None:
         self.manifest, self.split, self.slice = manifest, split, slice
         shards = manifest.shards(split, generation)
-        self.shards = Shards(manifest, shards.table.filter(pc.equal(shards.table["slice"], slice)))
+        self.shards = Shards(manifest, chosen(shards.table, {"slice": slice}))
+        self._sidecars: OrderedDict[int, pa.Table] = OrderedDict()
         self.begins = np.cumsum([0, *self.shards.table["tokens"].to_pylist()]).tolist()  # position of each shard
         first = int(pc.index(shards.table["slice"], slice).as_py())
         self.first_block = int(shards.ends[first - 1]) if first else 0  # of the generation's blocks of the split
@@ -89,11 +97,18 @@ class Stream:
     def entry(self, ordinal: int, shard: int) -> dict[str, Any] | None:
         """The sidecar's row of a document that begins in `shard` or before it."""
         for number in range(shard, -1, -1):
-            table = _sidecar(self.shards.path(number, "docs.parquet"))
+            table = self._sidecar(number)
             row = int(np.searchsorted(table["ordinal"].to_numpy(), ordinal))
             if row < len(table) and table["ordinal"][row].as_py() == ordinal:
                 return dict(table.slice(row, 1).to_pylist()[0])
         return None
+
+    def _sidecar(self, shard: int) -> pa.Table:
+        if shard not in self._sidecars:
+            while len(self._sidecars) >= MOST_SIDECARS:
+                self._sidecars.popitem(last=False)
+            self._sidecars[shard] = self.shards.sidecar(shard)
+        return self._sidecars[shard]
 
     def around(self, entry: dict[str, Any], tokenizer: Tokenizer, position: int, width: int = AROUND) -> str:
         """The text up to `width` tokens on either side of a position, within its document."""
@@ -121,19 +136,11 @@ class Stream:
         )
 
 
-@lru_cache(maxsize=4)
-def _sidecar(path: Path) -> pa.Table:
-    try:
-        return read_parquet(path.read_bytes())
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
-
-
 def streams(manifest: Manifest, slice: str | None = None) -> Iterator[Stream]:
     """Every stream of a corpus that has tokens, or those of one slice."""
     table = manifest.table.select(["slice", "generation", "split"])
     if slice is not None:
-        table = table.filter(pc.equal(table["slice"], slice))
+        table = chosen(table, {"slice": slice})
     for row in dict.fromkeys(zip(*(column.to_pylist() for column in table.columns), strict=True)):
         yield Stream(manifest, generation=row[1], split=row[2], slice=row[0])
 
@@ -144,8 +151,8 @@ def streams(manifest: Manifest, slice: str | None = None) -> Iterator[Stream]:
 def by_id(manifest: Manifest, tokenizer: Tokenizer, id: str) -> Iterator[Found]:
     """The documents of this id: one, or more where an input gives it to several."""
     wanted = id_hash(id)
-    for slice in dict.fromkeys(manifest.table["slice"].to_pylist()):
-        ordinals = _ordinals(manifest.folder / "slices" / slice / "ids.npy", wanted)
+    slices = list(dict.fromkeys(manifest.table["slice"].to_pylist()))
+    for slice, ordinals in zip(slices, _looked_up(slices, lambda each: _ordinals(manifest, each, wanted)), strict=True):
         for stream in streams(manifest, slice) if ordinals else ():
             last = len(stream.shards) - 1
             for entry in filter(None, (stream.entry(ordinal, last) for ordinal in ordinals)):
@@ -154,43 +161,66 @@ def by_id(manifest: Manifest, tokenizer: Tokenizer, id: str) -> Iterator[Found]:
             stream.shards.close()
 
 
-class _Hashes(Sequence[int]):
-    """The sorted hashes of an `ids.npy`, read one at a time: a search looks at a few of millions."""
+def _looked_up(slices: Iterable[T], look: Callable[[T], U]) -> Iterator[U]:
+    """What `look` finds for each slice, in their order."""
+    with ThreadPoolExecutor(LOOKED_UP_AT_ONCE) as threads:
+        yield from threads.map(look, slices)
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        version = np.lib.format.read_magic(self._file)
-        assert version == (1, 0)
-        shape, _, self.dtype = np.lib.format.read_array_header_1_0(self._file)
-        self._begin, self._length = self._file.tell(), int(shape[0])
+
+class _Hashes(Sequence[int]):
+    """The sorted hashes of a slice's `ids.npy`, read a page at a time: a search looks at a few of millions."""
+
+    HEADER = 128  # bytes, as numpy pads them
+    NEAR, FAR = 2**12, 2**16  # bytes of a page
+
+    def __init__(self, files: Files, name: str) -> None:
+        self.files, self.name = files, name
+        header = io.BytesIO(files.raw(name, 0, self.HEADER))
+        if np.lib.format.read_magic(header) != (1, 0):
+            raise ValueError("not an index")
+        shape, _, self.dtype = np.lib.format.read_array_header_1_0(header)
+        self._begin, self._length = header.tell(), int(shape[0])
+        self._rows = max(1, (self.FAR if files.is_far else self.NEAR) // self.dtype.itemsize)  # of a page
+        self._pages: dict[int, npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return self._length
 
     def row(self, number: int) -> Any:
-        self._file.seek(self._begin + number * self.dtype.itemsize)
-        return np.frombuffer(self._file.read(self.dtype.itemsize), self.dtype)[0]
+        page, place = divmod(number, self._rows)
+        if page not in self._pages:
+            count, size = min(self._rows, self._length - page * self._rows), self.dtype.itemsize
+            data = self.files.raw(self.name, self._begin + page * self._rows * size, count * size)
+            self._pages[page] = np.frombuffer(data, self.dtype, count)
+        return self._pages[page][place]
 
     def __getitem__(self, number: Any) -> Any:
         return int(self.row(number)["hash"])
 
-    def close(self) -> None:
-        self._file.close()
+    def first(self, wanted: int) -> int:
+        """Where `wanted` is or would be. Hashes are spread evenly, so that is about where its size says."""
+        guess, far = wanted * len(self) >> 64, 3 * math.isqrt(len(self)) + 1  # six standard deviations
+        low, high = max(0, guess - far), min(len(self), guess + far)
+        if low and self[low - 1] >= wanted:
+            low = 0
+        if high < len(self) and self[high] < wanted:
+            high = len(self)
+        return bisect_left(self, wanted, low, high)
 
 
-def _ordinals(path: Path, wanted: int) -> list[int]:
+def _ordinals(manifest: Manifest, slice: str, wanted: int) -> list[int]:
+    name = f"slices/{slice}/ids.npy"
     try:
-        hashes = _Hashes(path)
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path}: cannot be read ({error}); see data-prep verify") from None
-    try:
-        number, found = bisect_left(hashes, wanted), []
+        hashes = _Hashes(manifest.files, name)
+        number, found = hashes.first(wanted), []
         while number < len(hashes) and hashes[number] == wanted:
             found.append(int(hashes.row(number)["ordinal"]))
             number += 1
         return found
-    finally:
-        hashes.close()
+    except Unreadable as error:
+        raise ShardError(f"{error}; see data-prep verify") from None
+    except ValueError as error:
+        raise ShardError(f"{manifest.address}/{name}: cannot be read ({error}); see data-prep verify") from None
 
 
 # --- many, by their ids ---------------------------------------------------------------------------------------------
@@ -231,19 +261,19 @@ def by_ids(manifest: Manifest, ids: Iterable[str], checked: bool = False) -> Ite
     hashes = np.array(sorted({id_hash(id) for id in wanted}), np.uint64)
     table = manifest.table
     indices = dict(zip(table["slice"].to_pylist(), table["ids_hash"].to_pylist(), strict=True))
-    for slice, index_hash in indices.items():
-        path = manifest.folder / "slices" / slice / "ids.npy"
-        ordinals = _many_ordinals(path, hashes, index_hash if checked else None)
+    look = partial(_many_ordinals, manifest, hashes, checked)
+    for slice, ordinals in zip(indices, _looked_up(indices.items(), look), strict=True):
         left = set(ordinals.tolist())
         for stream in streams(manifest, slice) if left else ():
             for shard in range(len(stream.shards)):
-                for entry in _entries(stream.shards, shard, ordinals, checked):
+                for entry in _entries(stream.shards, shard, ordinals):
                     left.discard(entry["ordinal"])
                     if entry["id"] in wanted:
                         yield _held(stream, entry)
             stream.shards.close()
         if left:
-            raise ShardError(f"{path.parent}: no sidecar has document {min(left)} of ids.npy; see data-prep verify")
+            folder = f"{manifest.address}/slices/{slice}"
+            raise ShardError(f"{folder}: no sidecar has document {min(left)} of ids.npy; see data-prep verify")
 
 
 def _held(stream: Stream, entry: dict[str, Any]) -> Held:
@@ -254,40 +284,35 @@ def _held(stream: Stream, entry: dict[str, Any]) -> Held:
     )  # fmt: skip
 
 
-def _many_ordinals(path: Path, hashes: npt.NDArray[np.uint64], index_hash: str | None) -> npt.NDArray[np.int64]:
-    """The ordinals under any of these hashes. Few hashes are sought in the file, for many it is read whole."""
-    if index_hash is None and len(hashes) <= FEW:
-        return np.array([n for wanted in hashes.tolist() for n in _ordinals(path, wanted)], np.int64)
+def _many_ordinals(
+    manifest: Manifest, hashes: npt.NDArray[np.uint64], checked: bool, of: tuple[str, str]
+) -> npt.NDArray[np.int64]:
+    """The ordinals under any of these hashes in a slice, `of` its name and its index' hash. Few hashes are sought in
+    the file, unless it is to be checked; for many it is read whole."""
+    slice, index_hash = of
+    if not checked and len(hashes) <= FEW:
+        return np.array([n for wanted in hashes.tolist() for n in _ordinals(manifest, slice, wanted)], np.int64)
+    name = f"slices/{slice}/ids.npy"
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror}); see data-prep verify") from None
-    if index_hash is not None and xxhash.xxh3_128_hexdigest(data) != index_hash:
-        raise ShardError(f"{path}: damaged (hash differs); see data-prep verify")
+        data = manifest.files.whole(name, index_hash)
+    except Damaged:
+        raise ShardError(f"{manifest.address}/{name}: damaged (hash differs); see data-prep verify") from None
+    except Unreadable as error:
+        raise ShardError(f"{error}; see data-prep verify") from None
     index = np.load(io.BytesIO(data), allow_pickle=False)
     begin = np.searchsorted(index["hash"], hashes)
     end = np.searchsorted(index["hash"], hashes, side="right")
     return np.array([n for b, e in zip(begin, end, strict=True) for n in index["ordinal"][b:e].tolist()], np.int64)
 
 
-def _entries(shards: Shards, shard: int, ordinals: npt.NDArray[np.int64], checked: bool) -> Iterator[dict[str, Any]]:
+def _entries(shards: Shards, shard: int, ordinals: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
     """The sidecar's rows of those of the documents that begin in a shard."""
-    path = shards.path(shard, "docs.parquet")
-    try:
-        statistics = [row_group.column(0).statistics for row_group in _row_groups(path)]
-        if not any(s is None or ((ordinals >= s.min) & (ordinals <= s.max)).any() for s in statistics):
-            return
-        if checked and file_hash(path) != shards.table["docs_hash"][shard].as_py():
-            raise ShardError(f"{path}: damaged (hash differs); see data-prep verify")
-        table = pq.ParquetFile(path).read(["ordinal", "start", "tokens", "id", "uri"], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
+    file = pq.ParquetFile(pa.BufferReader(shards.sidecar_bytes(shard)))
+    statistics = [file.metadata.row_group(i).column(0).statistics for i in range(file.metadata.num_row_groups)]
+    if not any(s is None or ((ordinals >= s.min) & (ordinals <= s.max)).any() for s in statistics):
+        return
+    table = file.read(["ordinal", "start", "tokens", "id", "uri"], use_threads=False)
     yield from table.take(np.flatnonzero(np.isin(table["ordinal"].to_numpy(), ordinals))).to_pylist()
-
-
-def _row_groups(path: Path) -> Iterator[Any]:
-    metadata = pq.ParquetFile(path).metadata
-    return (metadata.row_group(i) for i in range(metadata.num_row_groups))
 
 
 # --- by a token -----------------------------------------------------------------------------------------------------
@@ -333,7 +358,8 @@ def _at(stream: Stream, shard: int, row: int, token: int, place: str, tokenizer:
     ordinal = int(ordinals[np.searchsorted(starts, token, side="right") - 1])
     entry = stream.entry(ordinal, shard)
     if entry is None:
-        raise ShardError(f"{stream.shards.path(shard, 'docs.parquet')}: no document {ordinal}; see data-prep verify")
+        name = f"{stream.manifest.address}/{stream.shards.name(shard, 'docs.parquet')}"
+        raise ShardError(f"{name}: no document {ordinal}; see data-prep verify")
     position = stream.position(shard, row, token)
     (id,) = stream.tokens(position, position + 1).tolist()
     text = stream.around(entry, tokenizer, position)

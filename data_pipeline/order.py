@@ -29,11 +29,16 @@ WINDOW = 2**14  # places of the mixture's table; the resolution of weights
 PHASE = 10125  # lane l starts its window at l * PHASE mod WINDOW: odd, near WINDOW / golden ratio, spreads any stride
 ROUNDS = 8  # of the Feistel network
 MAX_LANES = 512
+MANY = 4  # samples of each block of a group, from which on it pays to find each block once
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_ONE = np.uint64(1)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_ROUNDS = np.array([[(i + 1) * _GOLDEN & 2**64 - 1] for i in range(ROUNDS)], np.uint64)
 
 
 # --- keyed permutations ---------------------------------------------------------------------------------------------
@@ -41,9 +46,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 def mix(x: Words) -> Words:
     """A bijection of 64-bit words that spreads every bit (the finalizer of SplitMix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    y = x >> _SHIFTS[0]
+    y ^= x
+    y *= _FACTORS[0]
+    y ^= y >> _SHIFTS[1]
+    y *= _FACTORS[1]
+    y ^= y >> _SHIFTS[2]
+    return y
 
 
 def permute(x: Ints, n: Ints, key: Words) -> Ints:
@@ -59,24 +68,27 @@ def unpermute(y: Ints, n: Ints, key: Words) -> Ints:
 
 def _walk(x: Ints, n: Ints, key: Words, rounds: range) -> Ints:
     half = np.maximum((np.frexp((n - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
-    y: Words = _feistel(x.astype(np.uint64), half, key, rounds)
+    keys = mix(key + _ROUNDS)  # of all rounds, once for all walks: (ROUNDS, len(x))
+    y: Words = _feistel(x.astype(np.uint64), half, keys, rounds)
     limit = n.astype(np.uint64)
-    while len(outside := np.flatnonzero(y >= limit)):
-        y[outside] = _feistel(y[outside], half[outside], key[outside], rounds)
+    outside = np.flatnonzero(y >= limit)
+    while len(outside):
+        walked = _feistel(y[outside], half[outside], keys[:, outside], rounds)
+        y[outside] = walked
+        outside = outside[walked >= limit[outside]]
     return y.astype(np.int64)
 
 
-def _feistel(x: Words, half: Words, key: Words, rounds: range) -> Words:
-    mask = (np.uint64(1) << half) - np.uint64(1)
+def _feistel(x: Words, half: Words, keys: Words, rounds: range) -> Words:
+    mask = (_ONE << half) - _ONE
     left: Words = x >> half
     right: Words = x & mask
     forward = rounds.step > 0
     for i in rounds:
-        round_key = mix(key + np.uint64((i + 1) * _GOLDEN & 2**64 - 1))
         if forward:
-            left, right = right, left ^ (mix(right ^ round_key) & mask)
+            left, right = right, left ^ (mix(right ^ keys[i]) & mask)
         else:
-            left, right = right ^ (mix(left ^ round_key) & mask), left
+            left, right = right ^ (mix(left ^ keys[i]) & mask), left
     return (left << half) | right
 
 
@@ -349,7 +361,17 @@ class Order:
         block_key = self._block_keys(pool, epoch)
         nth, row = np.divmod(permute(offset, size, self._group_keys(block_key, lane, group)), rows)
         place = (group * self.group_blocks + nth) * self.lanes + lane
-        return Located(pool, epoch, permute(place, self._blocks[pool], block_key), row)
+        return Located(pool, epoch, self._blocks_at(pool, epoch, place, block_key), row)
+
+    def _blocks_at(self, pool: Ints, epoch: Ints, place: Ints, key: Words) -> Ints:
+        """The blocks at places. Where many samples share a block, each place is walked from once."""
+        size, kinds = int(self._blocks.max()), len(self.pools) * (int(epoch.max(initial=0)) + 1)
+        if len(place) < MANY * self.lanes * len(self.pools) * self.group_blocks or kinds * size >= 2**63:
+            return permute(place, self._blocks[pool], key)
+        of = (epoch * len(self.pools) + pool) * size + place
+        _, first, which = np.unique(of, return_index=True, return_inverse=True)
+        blocks: Ints = permute(place[first], self._blocks[pool[first]], key[first])[which]
+        return blocks
 
     def _samples_of_draws(self, pool: Ints, lane: Ints, draw: Ints) -> Ints:
         """The inverse of `_draw`, -1 for draws that never come."""

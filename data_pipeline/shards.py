@@ -17,16 +17,17 @@ the next block's first, so every sample of a power-of-two length finds its targe
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import itertools
 import json
 import os
+import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -41,7 +42,7 @@ from configs import ConfigError, canonical_json
 from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, is_remote
+from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, files_of, is_remote
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -55,6 +56,10 @@ Tokens = npt.NDArray[Any]  # of Format.dtype
 
 class ShardError(Exception):
     """A shard, sidecar or manifest that is damaged, missing or of another version. One line: file, place, remedy."""
+
+
+class Unreachable(ShardError):
+    """Bytes that could not be had, however long they were waited for: an outage, and nobody's mistake."""
 
 
 class DamagedBlock(ShardError):
@@ -373,10 +378,10 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_parquet(data: bytes) -> pa.Table:
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """A small Parquet file. In this thread: after `pyarrow.parquet.read_table`, whose thread pool is torn down at exit,
     8 of 300 processes on a busy machine ended with SIGABRT instead of their exit code (pyarrow 25.0.1)."""
-    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -537,6 +542,17 @@ class Manifest:
         """Where the corpus lies: a folder or an address."""
         return self.files.address
 
+    def name_beside(self, name: str) -> str:
+        """Of a file of the folder in which the corpus lies with others."""
+        if is_remote(self.address):
+            return f"{self.address.rpartition('/')[0]}/{name}"
+        return str(Path(self.address).parent / name)
+
+    def beside(self, name: str) -> bytes:
+        """What that file holds. Raises Unreadable."""
+        folder = self.name_beside("")
+        return (files_of(folder) if is_remote(folder) else Folder(Path(folder))).whole(name)
+
     @property
     def generations(self) -> list[dict[str, Any]]:
         """Identity (sha256) and totals of each generation."""
@@ -544,8 +560,7 @@ class Manifest:
 
     def shards(self, split: Split, generation: int) -> Shards:
         """The shards of a split and generation, their blocks numbered through in the manifest's order."""
-        mine = pc.and_(pc.equal(self.table["generation"], generation), pc.equal(self.table["split"], split))
-        return Shards(self, self.table.filter(mine))
+        return Shards(self, chosen(self.table, {"generation": generation, "split": split}))
 
 
 def read_head(folder: Path) -> dict[str, Any]:
@@ -560,7 +575,7 @@ def _head(files: Files) -> dict[str, Any]:
     except Missing:
         raise ShardError(f"{files.address}: no {MANIFEST}: not a corpus, or not finished; run data-prep run") from None
     except Unreadable as error:
-        raise ShardError(str(error)) from None
+        raise Unreachable(str(error)) from None
     try:
         head = json.loads(data.decode("utf-8"))
         version, claimed = head["format"], head["sha256"]
@@ -582,7 +597,7 @@ def _table_of(files: Files, head: dict[str, Any]) -> bytes:
     except Missing:
         raise _MissingTable(f"{path}: missing, but {MANIFEST} names it; run data-prep run again") from None
     except Unreadable as error:
-        raise ShardError(str(error)) from None
+        raise Unreachable(str(error)) from None
 
 
 def _head_bytes(head: dict[str, Any]) -> bytes:
@@ -591,6 +606,47 @@ def _head_bytes(head: dict[str, Any]) -> bytes:
 
 def _self_hash(head: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json({k: v for k, v in head.items() if k != "sha256"}).encode()).hexdigest()
+
+
+def chosen(table: pa.Table, wanted: Mapping[str, int | str]) -> pa.Table:
+    """The rows of a table whose columns have these values.
+
+    Without a Python object in what pyarrow is given or asked for: that makes it import pandas (25.0.1), which takes
+    longer and more memory than all else of a start.
+    """
+    mask = reduce(pc.and_, (pc.is_in(table[name], value_set=_alone(value)) for name, value in wanted.items()))
+    return table if pc.all(mask).as_py() else table.filter(mask)
+
+
+def _alone(value: int | str) -> pa.Array:
+    """An array of one value, of a column of strings or of int32. See `chosen`."""
+    if isinstance(value, int):
+        return pa.Array.from_buffers(pa.int32(), 1, [None, pa.py_buffer(struct.pack("<i", value))])
+    data = value.encode()
+    return pa.StringArray.from_buffers(1, pa.py_buffer(struct.pack("<ii", 0, len(data))), pa.py_buffer(data))
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """A column of whole numbers. See `chosen`."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.from_dlpack(chunk) for chunk in column.chunks)])
+
+
+FAILED_READS = (Unreadable, Damaged)
+ENTRY = struct.Struct("<QQIIII16s16s")  # how a row of an index begins, see `Format.index_dtype`
+
+
+class Entry(NamedTuple):
+    """A row of a shard's index. `row` is all of it."""
+
+    offset: int
+    docs_offset: int
+    bytes: int
+    docs_bytes: int
+    tokens: int
+    docs: int
+    hash: builtins.bytes
+    docs_hash: builtins.bytes
+    row: builtins.bytes
 
 
 class Shards:
@@ -604,8 +660,8 @@ class Shards:
 
     def __init__(self, manifest: Manifest, table: pa.Table) -> None:
         self.manifest, self.format, self.table, self.files = manifest, manifest.format, table, manifest.files
-        self.ends = np.cumsum(table["blocks"].to_numpy()) if len(table) else np.zeros(0, np.int64)
-        self._names: dict[int, str] = {}  # reading one from the table takes as long as reading a block
+        self.ends = np.cumsum(_numbers(table["blocks"]))
+        self._names: dict[int, tuple[str, str]] = {}  # a value of the table takes as long as a block to read
 
     @property
     def blocks(self) -> int:
@@ -617,12 +673,17 @@ class Shards:
 
     def name(self, shard: int, suffix: str) -> str:
         """A file of a shard, in the corpus; `suffix` is one of tar, index.npy, docs.parquet."""
-        stem = self._names.get(shard)
-        if stem is None:
+        return f"{self._known(shard)[0]}.{suffix}"
+
+    def _known(self, shard: int) -> tuple[str, str]:
+        """(path without suffix, hash of the index) of a shard."""
+        known = self._names.get(shard)
+        if known is None:
             if len(self._names) >= self.MAX_NAMES:
                 self._names.clear()
-            stem = self._names[shard] = f"slices/{self.table['slice'][shard]}/{self.table['name'][shard]}"
-        return f"{stem}.{suffix}"
+            stem = f"slices/{self.table['slice'][shard]}/{self.table['name'][shard]}"
+            known = self._names[shard] = stem, self._hash(shard, "index_hash")
+        return known
 
     def path(self, shard: int, suffix: str) -> Path:
         """The same on this machine."""
@@ -636,43 +697,77 @@ class Shards:
 
     def read(self, block: int) -> Tokens:
         """The token ids of a block, shape (block_tokens + 1,)."""
-        shard, row = self.locate(block)
-        return self.member(shard, row)
+        return self.member(*self.locate(block))
+
+    def read_with_documents(self, block: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """The token ids of a block and its documents, as `documents` gives them."""
+        return self.member_with_documents(*self.locate(block))
 
     def member(self, shard: int, row: int) -> Tokens:
         """The token ids of a shard's row (the row after its last block is its tail), shape (n,)."""
-        entry = self._index_row(shard, row)
-        offset, size, hash = int(entry["offset"]), int(entry["bytes"]), entry["hash"].tobytes()
-        with self._naming(shard, row, "tar", f"block {row} is", entry):
-            return _from_npy(self.files.part(self.name(shard, "tar"), offset, size, hash))
+        return self._member(shard, row, self._entry(shard, row))
 
     def documents(self, shard: int, row: int) -> npt.NDArray[np.int64]:
         """(ordinal, start) of the document open at the row's first token and each that begins later, shape (d, 2)."""
-        entry = self._index_row(shard, row)
-        offset, size, hash = int(entry["docs_offset"]), int(entry["docs_bytes"]), entry["docs_hash"].tobytes()
-        with self._naming(shard, row, "tar", f"documents of block {row} are"):
-            return _from_npy(self.files.part(self.name(shard, "tar"), offset, size, hash))
+        return self._documents(shard, row, self._entry(shard, row))
 
-    def sidecar(self, shard: int) -> pa.Table:
-        """A row for each document that begins in a shard: SIDECAR's columns."""
-        with self._naming(shard, 0, "docs.parquet", "the file is"):
-            return read_parquet(self.files.whole(self.name(shard, "docs.parquet"), self._hash(shard, "docs_hash")))
+    def member_with_documents(self, shard: int, row: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """Both, with one look into the index."""
+        entry = self._entry(shard, row)
+        return self._member(shard, row, entry), self._documents(shard, row, entry)
+
+    def _member(self, shard: int, row: int, entry: Entry) -> Tokens:
+        try:
+            return _from_npy(self.files.part(self.name(shard, "tar"), entry.offset, entry.bytes, entry.hash))
+        except FAILED_READS as error:
+            raise self._said(error, shard, row, "tar", f"block {row} is", entry) from None
+
+    def _documents(self, shard: int, row: int, entry: Entry) -> npt.NDArray[np.int64]:
+        name = self.name(shard, "tar")
+        try:
+            return _from_npy(self.files.part(name, entry.docs_offset, entry.docs_bytes, entry.docs_hash))
+        except FAILED_READS as error:
+            raise self._said(error, shard, row, "tar", f"documents of block {row} are") from None
+
+    def sidecar(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A row for each document that begins in a shard: SIDECAR's columns, or some of them."""
+        return read_parquet(self.sidecar_bytes(shard), columns)
+
+    def sidecar_bytes(self, shard: int) -> bytes:
+        """The same as the file, checked."""
+        try:
+            return self.files.whole(self.name(shard, "docs.parquet"), self._hash(shard, "docs_hash"))
+        except FAILED_READS as error:
+            raise self._said(error, shard, 0, "docs.parquet", "the file is") from None
 
     def tails(self) -> list[tuple[int, int]]:
         """(shard, row) of every tail."""
-        table = self.table
-        return [(i, int(table["blocks"][i].as_py())) for i in range(len(table)) if table["tail_tokens"][i].as_py()]
+        return [(i, self.block_counts[i]) for i, tail in enumerate(self.tail_tokens) if tail]
 
-    def _index_row(self, shard: int, row: int) -> Any:
-        dtype = self.format.index_dtype
-        offset = self._index_header + row * dtype.itemsize
+    @cached_property
+    def block_counts(self) -> list[int]:
+        """How many full blocks each shard has."""
+        return [*map(int, _numbers(self.table["blocks"]))]
+
+    @cached_property
+    def tail_tokens(self) -> list[int]:
+        """How many tokens each shard's tail has, 0 where it has none. A tail is the row behind the last block."""
+        return [*map(int, _numbers(self.table["tail_tokens"]))]
+
+    def _entry(self, shard: int, row: int) -> Entry:
+        """What the index says of a row."""
+        size = self.format.index_dtype.itemsize
+        offset = self._index_header + row * size
 
         def is_right(data: bytes) -> bool:
-            return len(data) == dtype.itemsize and int.from_bytes(data[-8:], "little") == _row_check(data, row)
+            return len(data) == size and int.from_bytes(data[-8:], "little") == _row_check(data, row)
 
-        with self._naming(shard, row, "index.npy", f"row {row} is"):
-            name, hash = self.name(shard, "index.npy"), self._hash(shard, "index_hash")
-            return np.frombuffer(self.files.row(name, offset, dtype.itemsize, is_right, hash), dtype)[0]
+        stem, index_hash = self._known(shard)
+        try:
+            data = self.files.row(f"{stem}.index.npy", offset, size, is_right, index_hash)
+        except FAILED_READS as error:
+            raise self._said(error, shard, row, "index.npy", f"row {row} is") from None
+        return Entry._make((*ENTRY.unpack_from(data), data))
 
     def _hash(self, shard: int, column: str) -> str:
         return str(self.table[column][shard])
@@ -682,20 +777,29 @@ class Shards:
         """Bytes before the first row: numpy pads its header to 64, and ours has one length for all shapes in use."""
         return len(_npy(np.zeros(0, self.format.index_dtype)))
 
-    @contextmanager
-    def _naming(self, shard: int, row: int, suffix: str, what: str, entry: Any = None) -> Iterator[None]:
-        """Around a read: damage said with shard and place, and the command that repairs it."""
-        try:
-            yield
-        except Missing as error:
-            raise ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify") from None
-        except Unreadable as error:
-            raise ShardError(str(error)) from None
-        except Damaged as damaged:
-            slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
-            how = "damaged" if entry is None else _damage(damaged.data, entry)
-            line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"
-            raise DamagedBlock(line, slice_, name, row) from None
+    def _said(
+        self, error: Exception, shard: int, row: int, suffix: str, what: str, entry: Entry | None = None
+    ) -> ShardError:
+        """A read that failed, in one line: damage with shard and place, and the command that repairs it."""
+        if isinstance(error, Missing):
+            return ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify")
+        if not isinstance(error, Damaged):
+            return Unreachable(str(error))
+        slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
+        how = "damaged" if entry is None else self._damage(error.data, entry)
+        line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"
+        return DamagedBlock(line, slice_, name, row)
+
+    def _damage(self, data: bytes, entry: Entry) -> str:
+        """What is wrong with a block's bytes, by its chunk hashes."""
+        size, offset = entry.bytes, entry.offset
+        if len(data) < size:
+            return f"truncated ({size} bytes expected at {offset}, got {len(data)})"
+        hashes = np.frombuffer(entry.row, self.format.index_dtype)[0]["chunks"]
+        chunks = range(-(-size // CHUNK_BYTES))
+        wrong = [i for i in chunks if _xxh(data[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]) != hashes[i].tobytes()]
+        first, last = (wrong[0], wrong[-1] + 1) if wrong else (0, len(chunks))
+        return f"damaged (between byte {offset + first * CHUNK_BYTES} and {offset + min(last * CHUNK_BYTES, size)})"
 
     def _remedy(self, slice: str, name: str) -> str:
         if not is_remote(self.files.address):
@@ -706,17 +810,6 @@ class Shards:
     def close(self) -> None:
         """Close the open files."""
         self.files.close()
-
-
-def _damage(data: bytes, entry: Any) -> str:
-    """What is wrong with a block's bytes, by its chunk hashes."""
-    size, offset = int(entry["bytes"]), int(entry["offset"])
-    if len(data) < size:
-        return f"truncated ({size} bytes expected at {offset}, got {len(data)})"
-    chunks = range(-(-size // CHUNK_BYTES))
-    wrong = [i for i in chunks if _xxh(data[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]) != entry["chunks"][i].tobytes()]
-    first, last = (wrong[0], wrong[-1] + 1) if wrong else (0, len(chunks))
-    return f"damaged (between byte {offset + first * CHUNK_BYTES} and {offset + min(last * CHUNK_BYTES, size)})"
 
 
 def verify(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -> Iterator[str]:

@@ -27,7 +27,7 @@ from data_pipeline.failpoints import fail_at
 from data_pipeline.files import Check, Damaged, Files, Folder, Unreadable
 from data_pipeline.lease import Lease
 from data_pipeline.progress import duration, size
-from data_pipeline.shards import SPLITS, Manifest, ShardError, sync_folder
+from data_pipeline.shards import SPLITS, Manifest, ShardError, Unreachable, sync_folder
 
 log = logging.getLogger("pretrain")
 
@@ -134,7 +134,7 @@ class Staging:
 def stage(folder: Path, corpora: Sequence[tuple[Manifest, int]], is_over: Callable[[], bool] = lambda: False) -> None:
     """Copy what is not there yet; one process of a node does, the others wait for it.
 
-    Raises ConfigError where the disk is too small, ShardError where a file cannot be had or is damaged.
+    Raises ConfigError where the disk is too small, ShardError where a file is damaged, or Unreachable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _copy(file: _File, progress: _Copied, is_over: Callable[[], bool]) -> None:
                 fail_at("stage.copied")
                 return
         except Unreadable as error:
-            raise ShardError(str(error)) from None
+            raise Unreachable(str(error)) from None
         if is_over():
             return
         file.part.unlink(missing_ok=True)

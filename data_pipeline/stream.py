@@ -11,28 +11,31 @@ import math
 import re
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field, field_validator
 
 from configs import Bool, ConfigError, Float, Int, Section
+from data_pipeline.ahead import Reading
+from data_pipeline.blocks import Block, OpenBlocks
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote
 from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
-from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens, Unreachable
 from data_pipeline.stage import staged
 
 MIB = 2**20
-LOOK_AHEAD_STEPS = 4
-LOCATED_AT_ONCE = 4096  # samples: numpy's price per call, some hundred calls, is shared by many steps
+LOCATED_AT_ONCE = 2**14  # samples: numpy's price per call, some hundred calls, is shared by many steps
+LOCATED_AT_FIRST = 2**10  # then twice as many each time: a start need not wait for so many, nor a short run
 
 
 def _place(value: object) -> object:
@@ -90,7 +93,7 @@ class Data(Section):
 
 
 class Corpora:
-    """The opened corpora of a run, all of one tokenizer. Raises ConfigError with the source's name."""
+    """The opened corpora of a run, all of one tokenizer. Raises ConfigError with the source's name, and Unreachable."""
 
     def __init__(self, data: Data) -> None:
         self.data = data
@@ -114,9 +117,13 @@ class Corpora:
     def _open(self, name: str, source: Source) -> Manifest:
         try:
             manifest = open_source(source, self.data)
+        except Unreachable as error:  # the same command is to be run again, as a launcher does
+            raise Unreachable(f"data.sources.{name}.shards: {error}") from None
         except ShardError as error:
             raise ConfigError(f"data.sources.{name}.shards: {error}") from None
         sealed = len(manifest.generations)
+        if not sealed:
+            raise ConfigError(f"data.sources.{name}.shards: {source.shards} has no shards; give its preparation text")
         if source.generations is not None and source.generations > sealed:
             raise ConfigError(
                 f"data.sources.{name}.generations: {source.generations} asked for, {source.shards} has {sealed}"
@@ -207,12 +214,15 @@ class Stream:
     ) -> None:
         self.order, self.steps, self.skips, self.data = order, steps, skips, data
         self.micro_batch_seqs, self.rank, self.ranks = micro_batch_seqs, rank, ranks
-        self.open_blocks = _OpenBlocks(
-            shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks
+        self.open_blocks = OpenBlocks(
+            shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks, data.document_mask
         )
         self._dtype = shards[0].format.dtype
-        self._stride = max(1, LOCATED_AT_ONCE * ranks // max(batch for _, batch in steps.pieces))  # steps
-        self._shares: OrderedDict[int, list[_Share]] = OrderedDict()
+        most = max(batch for _, batch in steps.pieces)
+        times = (LOCATED_AT_ONCE // LOCATED_AT_FIRST).bit_length()
+        self._strides = [max(1, (LOCATED_AT_FIRST << i) * ranks // most) for i in range(times)]  # steps
+        self._level, self._located_to = 0, -1  # which of them was located last, and up to which step
+        self._shares: OrderedDict[tuple[int, int], list[_Share]] = OrderedDict()
         self._locating = threading.Lock()
 
     def _open_blocks_needed(self, shards: Sequence[Shards]) -> int:
@@ -229,24 +239,13 @@ class Stream:
     def batch(self, step: int) -> Batch:
         """The batch of a step, read now."""
         share, length = self._share(step), self.data.seq_tokens
-        count, where = len(share.samples), share.where
+        count = len(share.samples)
         shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
         rows = np.empty((count, length + 1), self._dtype)  # as stored: half or a quarter of what is written below
-        places = zip(where.pool.tolist(), where.block.tolist(), (where.row * length).tolist(), strict=True)
-        read = self.open_blocks.read
-        parts = []
         documents = np.zeros((shape[0] * shape[1], length), np.int32) if self.data.document_mask else None
-        for number, (pool, block, begin) in enumerate(places):
-            try:
-                parts.append(read(pool, block)[begin : begin + length + 1])
-                if documents is not None:
-                    documents[number] = document_numbers(self.open_blocks.starts(pool, block), begin, length)
-            except DamagedBlock as damage:
-                if share.fed[number]:
-                    raise self._without(damage, pool, block) from None
-                parts.append(np.zeros(length + 1, self._dtype))  # nobody looks at what is skipped
-        if parts:
-            np.concatenate(parts, out=rows.reshape(-1))
+        at_once = max(1, self.open_blocks.capacity)  # whose blocks are held meanwhile
+        for begin in range(0, count, at_once):
+            self._read_rows(share, begin, rows[begin : begin + at_once], documents)
         tokens = np.empty((shape[0] * shape[1], length + 1), np.int64)
         tokens[:count], tokens[count:] = rows, 0
         valid = np.zeros(len(tokens), np.int64)
@@ -256,20 +255,45 @@ class Stream:
         shaped = None if documents is None else documents.reshape(*shape, length)
         return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine, shaped)
 
+    def _read_rows(self, share: _Share, begin: int, rows: Tokens, documents: npt.NDArray[np.int32] | None) -> None:
+        """Fill `rows` with the samples of a share from `begin` on, and their places in `documents`."""
+        length, where, these = self.data.seq_tokens, share.where, slice(begin, begin + len(rows))
+        keys = list(zip(where.pool[these].tolist(), where.block[these].tolist(), strict=True))
+        firsts = (where.row[these] * length).tolist()
+        parts = []
+        for number, (key, block, first) in enumerate(zip(keys, self.open_blocks.take(keys), firsts, strict=True)):
+            if isinstance(block, Future):
+                try:
+                    block = self.open_blocks.result(key, block)
+                except DamagedBlock as damage:
+                    if share.fed[begin + number]:
+                        raise self._without(damage, *key) from None
+                    parts.append(np.zeros(length + 1, self._dtype))  # nobody looks at what is skipped
+                    continue
+            parts.append(block.ids[first : first + length + 1])
+            if documents is not None and block.starts is not None:
+                documents[begin + number] = document_numbers(block.starts, first, length)
+        np.concatenate(parts, out=rows.reshape(-1))
+
     def _share(self, step: int) -> _Share:
         """This rank's share of a step, found together with those of the steps around it."""
-        number = step // self._stride
         with self._locating:
-            shares = self._shares.get(number)
-            if shares is None:
-                shares = self._shares[number] = self._locate(number * self._stride)
-                while len(self._shares) > 3:  # where batches are made, and where blocks are fetched ahead
-                    self._shares.popitem(last=False)
-        return shares[step - number * self._stride]
+            for stride in self._strides:
+                shares = self._shares.get((stride, step // stride))
+                if shares is not None:
+                    return shares[step % stride]
+            goes_on = self._located_to <= step < self._located_to + self._strides[-1]
+            self._level = min(self._level + 1, len(self._strides) - 1) if goes_on else 0
+            stride = self._strides[self._level]
+            shares = self._shares[stride, step // stride] = self._locate(step // stride * stride, stride)
+            self._located_to = (step // stride + 1) * stride
+            while len(self._shares) > 4:  # where batches are made, and where blocks are fetched ahead
+                self._shares.popitem(last=False)
+            return shares[step % stride]
 
-    def _locate(self, first: int) -> list[_Share]:
-        """The shares of `_stride` steps."""
-        starts = [self.steps.start(step) for step in range(first, first + self._stride + 1)]
+    def _locate(self, first: int, stride: int) -> list[_Share]:
+        """The shares of `stride` steps."""
+        starts = [self.steps.start(step) for step in range(first, first + stride + 1)]
         mine = [
             cut_range(begin, end, self.order.lanes, self.rank, self.ranks) for begin, end in itertools.pairwise(starts)
         ]
@@ -290,133 +314,26 @@ class Stream:
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""
-        readers = ThreadPoolExecutor(self.data.read_threads, thread_name_prefix="longhaul-read")
-        with readers as pool, self.open_blocks.ahead(self._blocks(first_step, end_step)):
-            ahead: deque[Future[Batch]] = deque()
-            upcoming = iter(range(first_step, end_step))
-            try:
-                for step in upcoming:
-                    ahead.append(pool.submit(self.batch, step))
-                    if len(ahead) > self.data.prefetch_steps:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+        with self.reading(first_step, end_step) as reading:
+            for _ in range(first_step, end_step):
+                yield reading.take()
+
+    @contextmanager
+    def reading(self, first_step: int, end_step: int) -> Iterator[Reading[Batch]]:
+        """The same, for who looks first whether the next one is there."""
+        calls = (partial(self.batch, step) for step in range(first_step, end_step))
+        reading = Reading(calls, self.data.read_threads, self.data.prefetch_steps, "longhaul-read")
+        try:
+            with reading, self.open_blocks.ahead(self._blocks(first_step, end_step)):
+                yield reading
+        finally:
+            self.open_blocks.ended = False
 
     def _blocks(self, first_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
         """(pool, block) of all that each step reads."""
         for step in range(first_step, end_step):
             where = self._share(step).where
             yield list(dict.fromkeys(zip(where.pool.tolist(), where.block.tolist(), strict=True)))
-
-
-class _OpenBlocks:
-    """The blocks in use, least recently used out first; shared by the reading threads.
-
-    Those of remote shards are fetched by threads of their own, ahead of need: `ahead` is told what steps will read.
-    """
-
-    def __init__(
-        self, shards: Sequence[Shards], capacity: int, fetch_threads: int = 1, prefetch_blocks: int | None = None
-    ) -> None:
-        self.shards, self.capacity, self.fetch_threads = shards, capacity, fetch_threads
-        self.depth = min(prefetch_blocks or capacity // 2, capacity // 2)  # the rest is for those in use
-        self.remote = [each.files.is_far for each in shards]
-        self.blocks: OrderedDict[tuple[int, int], Tokens | Future[Tokens]] = OrderedDict()
-        self.documents: OrderedDict[tuple[int, int], npt.NDArray[np.int64]] = OrderedDict()
-        self.fetched: dict[tuple[int, int], Tokens | Future[Tokens]] = {}  # ahead, not read yet: not to be pushed out
-        self.steps: Iterator[list[tuple[int, int]]] = iter(())
-        self.wanted: deque[tuple[int, int]] = deque()  # of the step that is looked at
-        self.fetchers: ThreadPoolExecutor | None = None
-        self.lock = threading.Lock()
-
-    def read(self, pool: int, block: int) -> Tokens:
-        """The token ids of a block. Raises ShardError; CancelledError where the reading has ended meanwhile."""
-        key = (pool, block)
-        with self.lock:
-            ids = self.fetched.pop(key, None)
-            if ids is None:
-                ids = self.blocks.pop(key, None)
-            if ids is None:
-                ids = self._begin(key)
-            self._make_room()
-            self.blocks[key] = ids
-            if self.fetchers is not None:
-                self._go_ahead()
-        if isinstance(ids, Future):
-            ids = self._result(key, ids)
-        return ids
-
-    @contextmanager
-    def ahead(self, steps: Iterator[list[tuple[int, int]]]) -> Iterator[None]:
-        """While this lasts, remote blocks are fetched ahead in the order in which `steps` names them."""
-        if not any(self.remote):
-            yield
-            return
-        with self.lock:
-            self.fetchers = ThreadPoolExecutor(self.fetch_threads, thread_name_prefix="longhaul-fetch")
-            self.steps = steps
-        try:
-            yield
-        finally:
-            with self.lock:
-                fetchers, self.fetchers, self.steps = self.fetchers, None, iter(())
-                self.fetched.clear()
-                self.wanted.clear()
-                for key in [key for key, ids in self.blocks.items() if isinstance(ids, Future) and not ids.done()]:
-                    del self.blocks[key]
-            fetchers.shutdown(wait=False, cancel_futures=True)  # a server that does not answer holds up no end
-
-    def _begin(self, key: tuple[int, int]) -> Tokens | Future[Tokens]:
-        """A block's tokens, or the promise of them."""
-        pool, block = key
-        if self.remote[pool] and self.fetchers is not None:
-            return self.fetchers.submit(self.shards[pool].read, block)
-        return self.shards[pool].read(block)
-
-    def _make_room(self) -> None:
-        while self.blocks and len(self.blocks) + len(self.fetched) >= self.capacity:
-            self.blocks.popitem(last=False)
-
-    def _go_ahead(self) -> None:
-        """Order what the next steps need. Few steps at a time, for it holds up the readers."""
-        for _ in range(LOOK_AHEAD_STEPS):
-            while self.wanted and len(self.fetched) < self.depth:
-                key = self.wanted.popleft()
-                if self.remote[key[0]] and key not in self.blocks and key not in self.fetched:
-                    self._make_room()
-                    self.fetched[key] = self._begin(key)
-            if self.wanted:
-                return
-            self.wanted.extend(next(self.steps, ()))
-
-    def _result(self, key: tuple[int, int], promise: Future[Tokens]) -> Tokens:
-        while wait([promise], timeout=1.0).not_done:
-            if self.fetchers is None:
-                raise CancelledError
-        try:
-            ids = promise.result()
-        except BaseException:
-            with self.lock:
-                self.blocks.pop(key, None)  # who asks again reads again
-            raise
-        with self.lock:
-            if self.blocks.get(key) is promise:
-                self.blocks[key] = ids
-        return ids
-
-    def starts(self, pool: int, block: int) -> npt.NDArray[np.int64]:
-        """Where documents begin in a block; the first entry is that of the one open at its first token."""
-        with self.lock:
-            starts = self.documents.pop((pool, block), None)
-            if starts is None:
-                starts = self.shards[pool].documents(*self.shards[pool].locate(block))[:, 1]
-                while len(self.documents) >= self.capacity:
-                    self.documents.popitem(last=False)
-            self.documents[(pool, block)] = starts
-            return starts
 
 
 class Rows(NamedTuple):
@@ -427,54 +344,103 @@ class Rows(NamedTuple):
     documents: npt.NDArray[np.int32] | None  # (rows, T), as in Batch
 
 
+_Place = tuple[Shards, int, int]  # shards, shard, row in it: a block or a tail
+
+
+class _Row(NamedTuple):
+    """A row of validation."""
+
+    place: _Place
+    first: int  # token
+    targets: int  # that count
+
+
 class Validation:
     """A corpus' validation rows in plain order: blocks, then their shard's tail, shard by shard."""
 
     def __init__(
-        self, manifest: Manifest, generations: int, seq_tokens: int, max_tokens: int, document_mask: bool = False
+        self,
+        manifest: Manifest,
+        generations: int,
+        seq_tokens: int,
+        max_tokens: int,
+        document_mask: bool = False,
+        fetch_threads: int = 1,
     ) -> None:
-        self.seq_tokens, self.document_mask = seq_tokens, document_mask
-        self.rows: list[tuple[Shards, int, int, int, int]] = []  # shards, shard, row in it, first token, valid targets
+        self.seq_tokens, self.document_mask, self.fetch_threads = seq_tokens, document_mask, fetch_threads
+        self.rows: list[_Row] = []
         self.tokens = 0
         for generation in range(generations):
             shards = manifest.shards("validation", generation)
-            tails = dict(shards.tails())
-            for shard in range(len(shards)):
-                blocks, tail = (
-                    int(shards.table["blocks"][shard].as_py()),
-                    int(shards.table["tail_tokens"][shard].as_py()),
-                )
+            for shard, (blocks, tail) in enumerate(zip(shards.block_counts, shards.tail_tokens, strict=True)):
+                if self.tokens >= max_tokens:
+                    return
                 for row in range(blocks):
                     self._add(shards, shard, row, manifest.format.block_tokens, max_tokens)
                 if tail:
-                    self._add(shards, shard, tails[shard], tail - 1, max_tokens)
+                    self._add(shards, shard, blocks, tail - 1, max_tokens)
 
     def _add(self, shards: Shards, shard: int, row: int, targets: int, max_tokens: int) -> None:
         for begin in range(0, targets, self.seq_tokens):
             valid = min(self.seq_tokens, targets - begin, max_tokens - self.tokens)
             if valid <= 0:
                 return
-            self.rows.append((shards, shard, row, begin, valid))
+            self.rows.append(_Row((shards, shard, row), begin, valid))
             self.tokens += valid
 
     def batches(self, rows: int, rank: int, ranks: int) -> Iterator[Rows]:
         """Equally many batches on every rank, filled up with rows of valid 0."""
-        held: tuple[tuple[Any, ...], Tokens, npt.NDArray[np.int64] | None] | None = None
-        for begin in range(0, len(self.rows), rows * ranks):
-            tokens = np.zeros((rows, self.seq_tokens + 1), np.int64)
-            valid = np.zeros(rows, np.int64)
-            documents = np.zeros((rows, self.seq_tokens), np.int32) if self.document_mask else None
-            for i, (shards, shard, row, first, count) in enumerate(
-                self.rows[begin + rank : begin + rows * ranks : ranks]
-            ):
-                if held is None or held[0] != (id(shards), shard, row):
-                    starts = shards.documents(shard, row)[:, 1] if self.document_mask else None
-                    held = ((id(shards), shard, row), shards.member(shard, row), starts)
-                tokens[i, : count + 1] = held[1][first : first + count + 1]
-                valid[i] = count
-                if documents is not None and held[2] is not None:
-                    documents[i] = document_numbers(held[2], first, self.seq_tokens)
-            yield Rows(tokens, valid, documents)
+        with self.reading(rows, rank, ranks) as reading:
+            for _ in range(self.batch_count(rows, ranks)):
+                yield reading.take()
+
+    def batch_count(self, rows: int, ranks: int) -> int:
+        """How many batches every rank reads."""
+        return math.ceil(len(self.rows) / (rows * ranks))
+
+    @contextmanager
+    def reading(self, rows: int, rank: int, ranks: int) -> Iterator[Reading[Rows]]:
+        """The same, for who looks first whether the next one is there. Remote blocks are fetched ahead, in order."""
+        shares = [
+            self.rows[begin + rank : begin + rows * ranks : ranks] for begin in range(0, len(self.rows), rows * ranks)
+        ]
+        places = [place for place, _ in itertools.groupby(row.place for share in shares for row in share)]
+        is_far = any(shards.files.is_far for shards, _, _ in places)
+        threads = self.fetch_threads if is_far else 1
+        calls = (partial(self._block, *place) for place in places)
+        blocks = Reading(calls, threads, threads, "longhaul-fetch", is_remote=is_far)
+        make = _RowMaker(blocks, rows, self.seq_tokens, self.document_mask)
+        batches = (partial(make.batch, share) for share in shares)
+        with Reading(batches, 1, 1, "longhaul-read") as reading, blocks:  # one thread: blocks come in its order
+            yield reading
+
+    def _block(self, shards: Shards, shard: int, row: int) -> Block:
+        if not self.document_mask:
+            return Block(shards.member(shard, row), None)
+        ids, documents = shards.member_with_documents(shard, row)
+        return Block(ids, documents[:, 1])
+
+
+class _RowMaker:
+    """Makes batches of validation rows from blocks, which it takes one after the other."""
+
+    def __init__(self, blocks: Reading[Block], rows: int, seq_tokens: int, document_mask: bool) -> None:
+        self.blocks, self.rows, self.seq_tokens, self.document_mask = blocks, rows, seq_tokens, document_mask
+        self.held: tuple[_Place, Block] | None = None
+
+    def batch(self, share: Sequence[_Row]) -> Rows:
+        tokens = np.zeros((self.rows, self.seq_tokens + 1), np.int64)
+        valid = np.zeros(self.rows, np.int64)
+        documents = np.zeros((self.rows, self.seq_tokens), np.int32) if self.document_mask else None
+        for i, row in enumerate(share):
+            if self.held is None or self.held[0] != row.place:
+                self.held = row.place, self.blocks.take()
+            ids, starts = self.held[1]
+            tokens[i, : row.targets + 1] = ids[row.first : row.first + row.targets + 1]
+            valid[i] = row.targets
+            if documents is not None and starts is not None:
+                documents[i] = document_numbers(starts, row.first, self.seq_tokens)
+        return Rows(tokens, valid, documents)
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

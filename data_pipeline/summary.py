@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs import ConfigError, load
 from data_pipeline import shards
+from data_pipeline.files import Missing, Unreadable, files_of, is_remote
 from data_pipeline.made_once import TOKENIZER
 from data_pipeline.plan import PLAN
 from data_pipeline.preparation import Preparation
@@ -77,6 +78,13 @@ def folders(where: Path) -> list[Path]:
     return found
 
 
+def opened(where: str) -> list[Manifest]:
+    """The corpora of a config, of its `out`, or of one folder or address. Raises ConfigError and ShardError."""
+    if is_remote(where):
+        return [Manifest.read(files_of(where))]
+    return list(map(Manifest.open, folders(Path(where))))
+
+
 def verified(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -> Iterator[str]:
     """A line for each damage of a corpus folder and its tokenizer. `look`: as of `shards.verify`."""
     damages = list(shards.verify(folder, look))
@@ -90,8 +98,14 @@ def verified(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -
 
 def folder_tokenizer(manifest: Manifest) -> Tokenizer:
     """The tokenizer that a corpus was made with. Raises ConfigError when it is not there, or another."""
-    path = manifest.folder.parent / TOKENIZER
-    tokenizer = Tokenizer.load(path)
+    path = manifest.name_beside(TOKENIZER)
+    try:
+        data = manifest.beside(TOKENIZER)
+    except Missing:
+        raise ConfigError(f"{path}: no such tokenizer file") from None
+    except Unreadable as error:
+        raise ConfigError(str(error)) from None
+    tokenizer = Tokenizer.read(data, path)
     if tokenizer.sha256 != manifest.head["tokenizer_sha256"]:
-        raise ConfigError(f"{path}: not the tokenizer of {manifest.folder} (sha256 differs); restore it")
+        raise ConfigError(f"{path}: not the tokenizer of {manifest.address} (sha256 differs); restore it")
     return tokenizer

@@ -235,8 +235,8 @@ def _write(tokenizer: tokenizers.Tokenizer, vocab_size: int, path: Path) -> None
 class Tokenizer:
     """A loaded `tokenizer.json`. Encoding never makes the document mark out of a text that spells it."""
 
-    def __init__(self, path: Path, backend: tokenizers.Tokenizer, end_of_text: int, sha256: str) -> None:
-        self.path, self.sha256 = path, sha256  # sha256 (hex) of the file
+    def __init__(self, path: Path, data: bytes, backend: tokenizers.Tokenizer, end_of_text: int) -> None:
+        self.path, self.data, self.sha256 = path, data, hashlib.sha256(data).hexdigest()  # of the file
         self.end_of_text = end_of_text
         self._backend = backend
         self._fast: Any = None  # gigatoken's backend, once `use` has asked for it
@@ -244,15 +244,20 @@ class Tokenizer:
     @staticmethod
     def load(path: Path) -> Tokenizer:
         """Read a `tokenizer.json`. Raises ConfigError where it is missing, damaged or cannot serve."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallel by processes; threads and fork do not mix
-        import tokenizers
-
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such tokenizer file") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        return Tokenizer.read(data, path)
+
+    @staticmethod
+    def read(data: bytes, path: Path | str) -> Tokenizer:
+        """The same of what such a file holds; `path` is where it lies. Raises ConfigError."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # parallel by processes; threads and fork do not mix
+        import tokenizers
+
         try:
             backend = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
@@ -263,7 +268,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # so a text's own <|endoftext|> is text
-        tokenizer = Tokenizer(path, backend, end_of_text, hashlib.sha256(data).hexdigest())
+        tokenizer = Tokenizer(Path(path), data, backend, end_of_text)
         if end_of_text in tokenizer.encode_batch([f"a{END_OF_TEXT}b"])[0]:
             raise ConfigError(f"{path}: encodes a text's own {END_OF_TEXT} as the mark; declare it as a special token")
         return tokenizer

@@ -12,11 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_pipeline.order import Ints, Order
-from data_pipeline.shards import ShardError, Shards
+from data_pipeline.shards import Shards
 
 THREADS = 4  # that read sidecars: each is decompressed from its first row to its last
 
@@ -38,7 +36,7 @@ class Seen:
 def documents_of(order: Order, shards: Sequence[Shards], samples: Ints, seq_tokens: int) -> list[str]:
     """`SOURCE:ID` of every document with a token in the samples, each once, in their order.
 
-    `shards[i]` are those of `order.pools[i]`, not in use by another thread. Raises ShardError, OSError.
+    `shards[i]` are those of `order.pools[i]`, not in use by another thread. Raises ShardError.
     """
     seen = documents_in(order, shards, samples, seq_tokens)
     return list(dict.fromkeys(f"{each.source}:{each.id}" for each in seen))
@@ -115,11 +113,7 @@ def _names(shards: Shards, shard: int, ordinals: set[int]) -> dict[int, tuple[st
     slice_ = shards.table["slice"][shard]
     found: dict[int, tuple[str, str]] = {}
     while (left := sorted(ordinals - found.keys())) and shard >= 0 and shards.table["slice"][shard] == slice_:
-        path = shards.path(shard, "docs.parquet")
-        try:
-            table = pq.ParquetFile(path).read(["ordinal", "id", "uri"], use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{path}: cannot be read ({type(error).__name__}); see data-prep verify") from None
+        table = shards.sidecar(shard, ["ordinal", "id", "uri"])
         for row in table.take(np.flatnonzero(np.isin(table["ordinal"].to_numpy(), left))).to_pylist():
             found[row["ordinal"]] = row["id"], row["uri"]
         shard -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from pretrain import checkpoint, guard, replicas
 from pretrain.board import Board, Notice, Reading
 from pretrain.checkpoint import Committed, Position, Saver
 from pretrain.engine import Engine, Outcome
-from pretrain.evaluate import Abandoned, task_scores, validation_losses
+from pretrain.evaluate import task_scores, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.memory import GIB, used_bytes
@@ -33,6 +34,7 @@ from pretrain.run import TrainRun
 from pretrain.segments import Course
 from pretrain.stragglers import Stragglers
 from pretrain.suspects import accuse
+from pretrain.together import Abandoned, Together
 from pretrain.track import Journal, SystemMetrics, Trackers
 from pretrain.watchdog import Watchdog
 
@@ -101,6 +103,17 @@ class Attempt:
         return self.course.end_step if wanted is None else min(wanted, self.course.end_step)
 
     # --- a step ---------------------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[tuple[Batch, float]]:
+        """The batches up to the last step, each with the seconds that it was waited for.
+
+        Raises Abandoned on every rank where one is asked to stop while one waits for its storage.
+        """
+        together = Together(self.ranks, self._is_asked_to_stop)
+        with self.stream.reading(self.position.step, self.last_step) as reading:
+            for _ in range(self.position.step, self.last_step):
+                begun = time.perf_counter()
+                yield together.take(reading), time.perf_counter() - begun
 
     def feed(self, batch: Batch) -> list[Any]:
         """A batch's micro-batches, on the device."""
@@ -181,7 +194,7 @@ class Attempt:
         return self._asked(reading)
 
     def asked_to_stop(self) -> Ending:
-        """The end that a rank was asked for while all evaluated."""
+        """The end that a rank was asked for while all evaluated, or one waited for its batch."""
         codes = self.ranks.gather(self.stop.exit_code())
         return STOPS[guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED]
 
@@ -211,7 +224,13 @@ class Attempt:
         rows = self.run.micro_batch_rows
         try:
             metrics = validation_losses(
-                self.engine, self.run.objective, self.validation, self.ranks, rows, self._before_batch
+                self.engine,
+                self.run.objective,
+                self.validation,
+                self.ranks,
+                rows,
+                self._before_batch,
+                self._is_asked_to_stop,
             )
         except Abandoned:
             self._say("evaluation left unfinished: asked to stop")
@@ -253,6 +272,9 @@ class Attempt:
         """Whether this rank is asked to stop, told before each batch of an evaluation."""
         self.watchdog.beat("evaluation", self.position.step)
         fail_at("evaluate.batch")
+        return self._is_asked_to_stop()
+
+    def _is_asked_to_stop(self) -> bool:
         return self.stop.exit_code(2 * (self.save_s or 0.0)) is not None
 
     def save(self) -> Ending | None:

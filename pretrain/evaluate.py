@@ -19,8 +19,9 @@ from configs import ConfigError, Int, Section
 from data_pipeline.stream import Validation
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives import Batch, Objective
-from pretrain.ranks import Pending, Ranks
+from pretrain.ranks import Ranks
 from pretrain.tasks import TASKS, Name, Shots, TaskFile, read_rows
+from pretrain.together import Poll, Together
 
 if TYPE_CHECKING:
     from pretrain.evaluations import Score
@@ -34,10 +35,6 @@ class Evaluation(Section):
     tasks: dict[Name, TaskFile] = Field(default_factory=dict)
     shots: tuple[Annotated[Shots, BeforeValidator(str)], ...] = ("0", "1", "few")
     tasks_every_steps: Int | None = Field(default=None, gt=0)  # in training; default: only by `pretrain evaluate`
-
-
-class Abandoned(Exception):
-    """A rank was asked to stop: the evaluation is left unfinished, on all ranks at the same batch."""
 
 
 class Measured(Protocol):
@@ -62,20 +59,6 @@ class Alone:
         return loss.float()
 
 
-class Poll:
-    """Called before each batch on every rank: raises Abandoned on all of them, a batch after one was asked to stop."""
-
-    def __init__(self, ranks: Ranks, asked_to_stop: Callable[[], bool]) -> None:
-        self._ranks, self._asked_to_stop = ranks, asked_to_stop
-        self._asked: Pending | None = None
-
-    def __call__(self) -> None:
-        before, self._asked = self._asked, self._ranks.sum_later(torch.tensor([float(self._asked_to_stop())]))
-        if before is not None and before.result().item():
-            self._asked.result()
-            raise Abandoned
-
-
 def validation_losses(
     engine: Measured,
     objective: Objective,
@@ -83,14 +66,16 @@ def validation_losses(
     ranks: Ranks,
     rows: int,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    asked_while_waiting: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Mean loss (nats per token) of each corpus that has validation text, and its exponential, the perplexity.
 
     `asked_to_stop` is called before each batch; when it is true on any rank, Abandoned is raised on all of them a
-    batch later.
+    batch later. So it is where `asked_while_waiting` is true while a rank waits for its storage.
     """
+    poll, together = Poll(ranks, asked_to_stop), Together(ranks, asked_while_waiting)
     with measuring(engine.module):
-        return _losses(engine, objective, corpora, ranks, rows, Poll(ranks, asked_to_stop))
+        return _losses(engine, objective, corpora, ranks, rows, poll, together)
 
 
 @contextlib.contextmanager
@@ -111,17 +96,19 @@ def _losses(
     ranks: Ranks,
     rows: int,
     poll: Poll,
+    together: Together,
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
-        for read in validation.batches(rows, ranks.rank, ranks.size):
-            poll()
-            tokens, valid, documents = (
-                None if part is None else torch.from_numpy(part).to(ranks.device) for part in read
-            )
-            assert tokens is not None and valid is not None
-            total += engine.loss(objective.batch(tokens, valid, documents)).double().cpu()
+        with validation.reading(rows, ranks.rank, ranks.size) as reading:
+            for _ in range(validation.batch_count(rows, ranks.size)):
+                poll()
+                tokens, valid, documents = (
+                    None if part is None else torch.from_numpy(part).to(ranks.device) for part in together.take(reading)
+                )
+                assert tokens is not None and valid is not None
+                total += engine.loss(objective.batch(tokens, valid, documents)).double().cpu()
         if validation.tokens:
             loss = float(ranks.sum(total)) / validation.tokens
             metrics[f"validation/{name}/loss"] = loss

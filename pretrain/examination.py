@@ -98,7 +98,12 @@ class _Examiner:
         course = plan_course(run, Segments(run.run_folder).read())
         self.corpora = {
             name: Validation(
-                course.corpora.manifests[name], n, run.data.seq_tokens, run.evaluation.tokens, run.data.document_mask
+                course.corpora.manifests[name],
+                n,
+                run.data.seq_tokens,
+                run.evaluation.tokens,
+                run.data.document_mask,
+                run.data.fetch_threads,
             )
             for name, n in course.record.generations.items()
         }

@@ -160,7 +160,7 @@ def _write(
     _json(folder / "special_tokens_map.json", marks)
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": run.model.context}
     _json(folder / "tokenizer_config.json", {**kind, **marks, "clean_up_tokenization_spaces": False})
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_bytes(tokenizer.data)
     try:
         _write_weights(folder, committed, config["model_type"], DTYPES[precision], needs, file_bytes)
     except Damaged as error:

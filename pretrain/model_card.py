@@ -67,7 +67,7 @@ def _data(run: TrainRun) -> str:
         share = weights[name] / sum(weights.values())
         shown = "" if documents is None else f"{documents:,}"
         rows.append((name, f"{share:.1%}", shown, f"{tokens:,}", f"`{generations[-1]['identity']}`"))
-        said = card.notes_of(card.read(manifest.folder.parent)).get(name, {})
+        said = card.notes_of(card.read_beside(manifest)).get(name, {})
         notes += [f"{name}: {text}" for text in (said.get("about"), said.get("licence")) if text]
     table = _table(["corpus", "share of each batch", "documents", "training tokens", "identity (sha256)"], rows)
     return "\n\n".join([table, *notes])

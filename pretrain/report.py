@@ -316,7 +316,7 @@ def mix(run: TrainRun, told: Told) -> dict[str, Any]:
         "sources": [
             {
                 "source": source,
-                "shards": str(course.corpora.manifests[source].folder),
+                "shards": course.corpora.manifests[source].address,
                 "digest": course.record.identities.get(source, ["?"])[-1],
                 "planned": count * size,
                 "planned_share": count / end if end else 0.0,

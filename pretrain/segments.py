@@ -8,6 +8,7 @@ re-ordered: every segment's cursors follow from where it begins.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pretrain.run import TrainRun
 
 FORMAT_VERSION = 2  # 1 where nothing was withdrawn: that code reads it
+GROUP_BLOCKS_PER_SEQUENCE = 8  # of a lane in a step: steps in a row are then mixed as the defaults mix them
 WARN_STEPS = 100  # so long before a source has had its epochs, it is said once more
 
 
@@ -168,6 +170,35 @@ class Course:
         """Which sources are about to have had their epochs: of all steps to come at the first step of an attempt, and
         later `WARN_STEPS` before and when it happens."""
         return [line for at, line in self.epochs if (step < at if first else step in (at - WARN_STEPS, at))]
+
+
+def advice(course: Course) -> list[str]:
+    """What a person may want to change before a run begins: its order is fixed from then on."""
+    run, order = course.runs[0][1], course.order
+    batch, blocks = run.batch_seqs, sum(pool.blocks for pool in order.pools)
+    lines = []
+    for source, drawn in order.drawn(batch).items():
+        samples = sum(pool.blocks * pool.rows for pool in order.pools if pool.source == source)
+        if drawn > samples:
+            lines.append(
+                f"source {source}: a step takes {drawn} sequences of it, and it has {samples}: some stand in the step "
+                "more than once; give it more text or less weight, or take a smaller batch_tokens"
+            )
+    far = [name for name, manifest in course.corpora.manifests.items() if manifest.files.is_far]
+    if far and run.data.cache is None and run.data.stage is None:
+        lines.append(
+            f"data.cache: not set, and the shards of {', '.join(far)} are far: each of a node's ranks fetches for "
+            "itself, again in each epoch, and asks twice for each block; name a folder of the node's own disk"
+        )
+    per_lane = math.ceil(batch / order.lanes)
+    wanted = min(GROUP_BLOCKS_PER_SEQUENCE * per_lane, blocks // order.lanes)
+    if per_lane > 1 and wanted >= 2 * order.group_blocks:
+        lines.append(
+            f"data.group_blocks: a step takes up to {per_lane} sequences of each of its {order.lanes} lanes, so steps "
+            f"in a row are as mixed as they can be from {wanted} on, not {order.group_blocks}, for "
+            f"{wanted / order.group_blocks:.3g} times the memory of open blocks"
+        )
+    return lines
 
 
 def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs import ConfigError
-from data_pipeline.shards import ShardError
+from data_pipeline.shards import ShardError, Unreachable
 from data_pipeline.stage import Staging
 from data_pipeline.stream import open_source
 from pretrain.guard import INTERRUPTED, STOPPED, StopSignals
@@ -18,15 +18,15 @@ from pretrain.watchdog import Watchdog
 def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watchdog) -> int | None:
     """Stage what `data.stage` asks for; the exit code where the ranks are asked to stop meanwhile.
 
-    Raises ConfigError on every rank where one node's copy fails.
+    Raises ConfigError, or Unreachable, on every rank where one node's copy fails.
     """
     if run.data.stage is None:
         return None
-    staging, error = None, ""
+    staging, error = None, None
     try:
         staging = _begin(run)
     except (ConfigError, ShardError) as refusal:
-        error = str(refusal)
+        error = _told(refusal)
     while True:
         waiting = staging is not None and not staging.done(timeout_s=1.0)
         told = ranks.sum(torch.tensor([float(waiting), float(stop.exit_code() is not None)])).tolist()
@@ -37,14 +37,19 @@ def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watch
             break
     codes = ranks.gather(stop.exit_code())
     if staging is not None and staging.error is not None:
-        error = str(staging.error)
-    if errors := [each for each in ranks.gather(error) if each]:
-        failure = ConfigError(errors[0])
+        error = _told(staging.error)
+    if errors := [each for each in ranks.gather(error) if each is not None]:
+        failure: ConfigError | Unreachable = errors[0]
         vars(failure)["said_by_rank_0"] = ranks.rank != 0
         raise failure
     if not told[1]:
         return None
     return INTERRUPTED if INTERRUPTED in codes else STOPPED
+
+
+def _told(error: Exception) -> ConfigError | Unreachable:
+    """An error as all ranks raise it: an outage is nobody's mistake, and a launcher starts again after it."""
+    return Unreachable(str(error)) if isinstance(error, Unreachable) else ConfigError(str(error))
 
 
 def _begin(run: TrainRun) -> Staging:

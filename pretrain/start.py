@@ -41,7 +41,7 @@ from pretrain.parent import (
 )  # fmt: skip
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
-from pretrain.segments import Course, SegmentRecord, Segments, plan_course
+from pretrain.segments import Course, SegmentRecord, Segments, advice, plan_course
 from pretrain.suspects import ATTEMPT
 from pretrain.track import Journal, measure_system, start_trackers
 from pretrain.track.journal import lineage, live_records, read_journal
@@ -143,7 +143,12 @@ def begin(
     )  # fmt: skip
     validation = {
         name: Validation(
-            course.corpora.manifests[name], count, run.data.seq_tokens, run.evaluation.tokens, run.data.document_mask
+            course.corpora.manifests[name],
+            count,
+            run.data.seq_tokens,
+            run.evaluation.tokens,
+            run.data.document_mask,
+            run.data.fetch_threads,
         )
         for name, count in course.record.generations.items()
     }
@@ -165,6 +170,8 @@ def begin(
         Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size),
         past.evaluated, chosen.manifest.get("state", {}).get("guard", {}) if chosen else {}, past.save_s,
     )  # fmt: skip
+    for line in advice(course) if start.fresh else ():
+        attempt.note("order", line)
     for line in course.warnings(position.step, first=True):
         attempt.note("epochs", line)
     if system is not None:

@@ -6,7 +6,7 @@ import logging
 import time
 
 from configs import ConfigError
-from data_pipeline.stream import timed
+from data_pipeline import files
 from pretrain import guard
 from pretrain.attempt import Attempt, Ending
 from pretrain.engine import Outcome
@@ -21,6 +21,7 @@ from pretrain.run import TrainRun
 from pretrain.staging import stage_shards
 from pretrain.start import begin
 from pretrain.suspects import accuse
+from pretrain.together import Abandoned
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("pretrain")
@@ -46,11 +47,16 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     attempt: Attempt | None = None
     together = False  # every rank raises the same
     try:
-        if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
-            return stopped
-        attempt = begin(run, ranks, stop, watchdog, startup)
-        while (code := _loop(attempt)) and roll_back(attempt):
+        with files.stopping(lambda: stop.exit_code() is not None):
+            if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
+                return stopped
+            attempt = begin(run, ranks, stop, watchdog, startup)
+        while (code := _trained(attempt)) and roll_back(attempt):
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
+        return code
+    except files.Stopped:
+        code = stop.exit_code() or guard.STOPPED  # of rank 0's, where this one was not asked
+        log.info("stopped while it waited for its shards, before a step (exit %d)", code)
         return code
     except Exception as error:
         together = "said_by_rank_0" in vars(error) or isinstance(error, PreflightError)
@@ -70,12 +76,19 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             ranks.leave_together(LONGEST_CLOSE_S)
 
 
+def _trained(a: Attempt) -> int:
+    try:
+        return _loop(a)
+    except Abandoned:
+        return a.end(a.asked_to_stop())
+
+
 def _loop(a: Attempt) -> int:
     settings = a.run
     evaluated = True
     if a.position.step in (0, a.last_step) and not a.evaluated:
         evaluated = a.evaluate()
-    for batch, waited in timed(a.stream.batches(a.position.step, a.last_step)):
+    for batch, waited in a.batches():
         begun = time.perf_counter()
         a.profiler.before(batch.step + 1, waited)
         now = a.course.at(batch.step)

@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from data_pipeline import files
 from data_pipeline.sources.inputs import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Patience:
     def wait(self, failures: int, asked_for: float = 0.0) -> None:
         """Between two attempts; at least what the server asked for, within bounds."""
         longest = min(self.longest_wait_s, self.wait_s * 2 ** (failures - 1))
-        time.sleep(max(random.uniform(longest / 2, longest), min(asked_for, 4 * self.longest_wait_s)))
+        files.wait(max(random.uniform(longest / 2, longest), min(asked_for, 4 * self.longest_wait_s)))
 
 
 PATIENCE = Patience()

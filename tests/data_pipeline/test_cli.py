@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 import configs
+from data_pipeline.cli import app
 from data_pipeline.preparation import Preparation
 from data_pipeline.summary import verified
 from tests.data_pipeline.inputs import sentences
+from tests.data_pipeline.servers import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,6 +108,32 @@ def test_inspect_finds_documents(folder: Path) -> None:
     ]  # fmt: skip
     none = command("inspect", "out", "--search", "no such words", folder=folder)
     assert (none.returncode, none.stdout, none.stderr) == (1, "", "data-prep: no text contains 'no such words'\n")
+
+
+def test_inspect_of_a_corpus_on_a_server_says_the_same(folder: Path) -> None:
+    server = Server()
+    files = {path.relative_to(folder / "out"): path for path in (folder / "out").rglob("*") if path.is_file()}
+    server.files = {f"/out/{name}": path.read_bytes() for name, path in files.items()}
+
+    def said(*arguments: str) -> list[str]:
+        results = [CliRunner().invoke(app, ["inspect", *arguments]) for arguments in (
+            (str(folder / "out/mine"), *arguments), (f"{server.address}/out/mine", *arguments),
+        )]  # fmt: skip
+        assert [result.exit_code for result in results] == [0, 0], results
+        return [result.stdout for result in results]
+
+    try:
+        place = json.loads(said("--doc", "row-42", "--json")[0])[0]["last_token"]
+        for arguments in (
+            ("--samples", "2"), ("--doc", "row-42"), ("--token", place), ("--search", sentences(42, 10)[60:110]),
+            ("--dropped", "empty"),
+        ):  # fmt: skip
+            here, there = said(*arguments)
+            assert there == here and len(here) > 50
+        refused = CliRunner().invoke(app, ["inspect", f"{server.address}/none"]).exception
+        assert str(refused).startswith(f"{server.address}/none: no MANIFEST.json: not a corpus")
+    finally:
+        server.close()
 
 
 def test_print_config_can_be_loaded_again(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data_pipeline import files
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
 from data_pipeline.order import Order, Segment, Skips, Steps
-from data_pipeline.shards import DamagedBlock, Manifest, ShardError
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Unreachable
 from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
@@ -159,6 +159,34 @@ def test_what_steps_will_need_is_fetched_before(corpus: Path, server: Server) ->
     batches.close()  # type: ignore[attr-defined]
 
 
+def test_where_documents_begin_is_fetched_ahead_with_the_blocks(corpus: Path, server: Server) -> None:
+    """And the blocks of validation, each once, in their order."""
+    masked = read(data_of(corpus, document_mask=True))
+    for batch, expected in zip(read(data_of(f"{server.address}/a", document_mask=True)), masked, strict=True):
+        assert batch.documents is not None and expected.documents is not None
+        assert batch.documents.tolist() == expected.documents.tolist()
+    blocks = block_requests(server)
+    assert len(blocks) == len(set(blocks))
+    rows = sum(path.endswith("index.npy") for path, _ in server.requests)
+    assert rows * 2 == len(blocks)  # tokens and documents by one row of the index
+    server.requests.clear()
+    remote, local = (
+        Validation(Corpora(data_of(place)).manifests["alpha"], 1, T, 10**6, document_mask=True, fetch_threads=4)
+        for place in (f"{server.address}/a", corpus)
+    )
+    with remote.reading(1, 0, 1) as reading:
+        assert reading.ready(20)
+        deadline = time.monotonic() + 20
+        while len(set(block_requests(server))) < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(set(block_requests(server))) >= 8  # of four blocks at least, while the first row is looked at
+        for rows_here in local.batches(1, 0, 1):
+            pairs = zip(reading.take(), rows_here, strict=True)
+            assert all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
+    blocks = block_requests(server)
+    assert len(blocks) == len(set(blocks))
+
+
 # --- servers that misbehave -------------------------------------------------------------------------------------------
 
 
@@ -176,6 +204,8 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
     with pytest.raises(ShardError, match=r"^http://127.*, after 3 attempts; run the same command again") as e:
         list(stream.batches(0, STEPS))
     assert not isinstance(e.value, DamagedBlock)
+    with pytest.raises(Unreachable, match=r"^data.sources.alpha.shards: http://127.*, after 3 attempts; run the same "):
+        Corpora(data_of(f"{server.address}/a"))  # no mistake of the configuration: a launcher starts it again
     for path in server.files:
         server.faults[path] = ["404*"]
     with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -29,6 +31,7 @@ from data_pipeline.files import Folder
 from data_pipeline.shards import (
     MANIFEST,
     SPLITS,
+    DamagedBlock,
     Format,
     Manifest,
     SealedSlice,
@@ -475,6 +478,55 @@ def swap(a: Path, b: Path) -> None:
     a.rename(spare)
     b.rename(a)
     spare.rename(b)
+
+
+class Canary:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.mkdir, (str(self.path),)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("evil", ["interleaved", "duplicate", "dots", "pickle", "pickled array", "symlink"])
+def test_a_tar_that_others_would_misread_is_damaged_or_read_as_written(evil: str, corpus: Path, tmp_path: Path) -> None:
+    """Nothing of a tar is believed but bytes that have their hash: no name, kind or order of its members."""
+    shards = Manifest.open(corpus).shards("train", 0)
+    good = [shards.read(block).tolist() for block in range(4)]
+    path, canary = shards.path(0, "tar"), tmp_path / "canary"
+    with tarfile.open(path) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]  # type: ignore[union-attr]
+    _, tokens = members[3]
+    if evil == "interleaved":
+        members = members[0:8:2] + members[1:8:2] + members[8:]
+    elif evil == "duplicate":
+        members[4:4] = [(members[3][0], members[5][1])]
+    elif evil == "dots":
+        members[3][0].name = "00.01.tokens.npy"
+    elif evil == "pickle":
+        members[3:3] = [(tarfile.TarInfo("0001.tokens.pickle"), pickle.dumps(Canary(canary)))]
+    elif evil == "pickled array":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([Canary(canary)], object))
+        members[3] = members[3][0], buffer.getvalue().ljust(len(tokens), b"\0")
+    else:
+        members[3][0].type, members[3][0].linkname = tarfile.SYMTYPE, "/etc/passwd"
+        members[3] = members[3][0], b""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for member, data in members:
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    wrong = 0
+    for block, expected in enumerate(good):
+        try:
+            assert shards.read(block).tolist() == expected
+        except DamagedBlock as damage:
+            wrong += 1
+            assert str(damage).startswith(f"{path}: block {block} is ") and str(damage).endswith(" s0/train-00000")
+    assert (wrong > 0) == (evil != "dots")  # a name is not looked at, and all else moves what stands behind it
+    assert all(str(path) in line for line in named(path)) and not canary.exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from configs import ConfigError, build
 from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
-from data_pipeline.shards import Format, ShardError, seal
+from data_pipeline.shards import Format, ShardError, Shards, Tokens, seal
 from data_pipeline.stream import MIB, Batch, Corpora, Data, Stream, Validation, timed
 from tests.corpora import FORMAT, make_corpus, make_slice
 
@@ -185,7 +187,7 @@ def test_a_masked_run_is_told_where_documents_begin(ranks: int, plan: Plan) -> N
             assert batch.documents is not None and batch.documents.dtype == np.int32
             assert np.array_equal(batch.documents, numbers_by_marks(batch.tokens))
             assert batch.documents[batch.valid == 0].sum() == 0
-        assert len(masked.open_blocks.documents) <= 2
+        assert len(masked.open_blocks.blocks) <= 2
 
 
 def test_masked_validation_is_told_where_documents_begin(plan: Plan) -> None:
@@ -211,11 +213,47 @@ def test_reading_ahead_changes_nothing(read_threads: int, prefetch_steps: int, p
     assert all(same(batch, plan.stream().batch(batch.step)) for batch in ahead)
 
 
+def test_a_start_imports_no_pandas(folder: Path) -> None:
+    """pyarrow does where it is given Python's objects or asked for numpy's: most of the time and memory of a start."""
+    program = f"""
+import sys
+from configs import build
+from data_pipeline.order import Order, Segment, Skips, Steps
+from data_pipeline.stream import Corpora, Data, Stream, Validation
+data = build(Data, {{"seq_tokens": {T}, "sources": {{"alpha": {{"shards": {str(folder / "alpha")!r}}}}}}}, "test")
+corpora = Corpora(data)
+pools = corpora.pools({{"alpha": 1}})
+order = Order(3, pools, {LANES}, 2, [Segment(0, {{"alpha": 1.0}}, {{"alpha": 1}})])
+next(Stream(order, Steps([(0, {BATCH})]), Skips(), corpora.shards(pools), data, 3).batches(0, 2))
+next(Validation(corpora.manifests["alpha"], 1, {T}, 10**6).batches(2, 0, 1))
+print("pandas" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_threads_read_local_blocks_at_the_same_time(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readers meet within a read: neither holds up the other."""
+    stream, alone = plan.stream(read_threads=2, prefetch_steps=4), plan.stream()
+    barrier, met, read = threading.Barrier(2), threading.Event(), Shards.read
+
+    def together(shards: Shards, block: int) -> Tokens:
+        if not met.is_set():
+            barrier.wait(20)
+            met.set()  # once is enough
+        return read(shards, block)
+
+    expected = [alone.batch(step) for step in range(STEPS)]
+    monkeypatch.setattr(Shards, "read", together)
+    assert all(same(a, b) for a, b in zip(stream.batches(0, STEPS), expected, strict=True))
+
+
 @pytest.mark.parametrize("at_once", [1, BATCH, 4 * BATCH, 10**6])
 def test_how_many_places_are_found_at_once_changes_nothing(
     at_once: int, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [plan.stream(rank=1, ranks=2).batch(step) for step in range(STEPS)]
+    monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_FIRST", max(1, min(at_once // 4, 2**10)))
     monkeypatch.setattr("data_pipeline.stream.LOCATED_AT_ONCE", at_once)
     stream = plan.stream(rank=1, ranks=2)
     assert all(same(stream.batch(step), expected[step]) for step in [*range(STEPS), 7, 2, 8, 0])
@@ -403,6 +441,14 @@ def test_a_corpus_without_a_full_block(tmp_path: Path) -> None:
     assert refused(lambda: corpora.pools({"alpha": 1})) == (
         f"data.sources.alpha: no full block of 1024 tokens in generation 0 of {tmp_path / 'alpha'}; "
         "give it more text, or prepare it with smaller block_tokens"
+    )
+
+
+def test_a_corpus_without_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "alpha").mkdir()
+    seal(tmp_path / "alpha", FORMAT, {}, [])
+    assert refused(lambda: Corpora(data_of(tmp_path, ["alpha"]))) == (
+        f"data.sources.alpha.shards: {tmp_path / 'alpha'} has no shards; give its preparation text"
     )
 
 

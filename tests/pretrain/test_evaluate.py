@@ -20,7 +20,7 @@ from configs import ConfigError, build
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import evaluations, examination
 from pretrain.cli import app
-from pretrain.evaluate import Abandoned, Evaluation, Poll, check_tasks, import_harness, task_scores
+from pretrain.evaluate import Evaluation, check_tasks, import_harness, task_scores
 from pretrain.evaluations import Corpus, Score, keep, read, table
 from pretrain.export import export
 from pretrain.harness import Model, _task, evaluate_task
@@ -29,6 +29,7 @@ from pretrain.ranks import Place, Ranks
 from pretrain.restore import opened, run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.tasks import TASKS, Name, Shots, TaskFile, fitting, read_rows
+from pretrain.together import Abandoned, Poll
 from tests.pretrain.finished_run import WORDS, commit, finished, values, write_config
 from tests.runs import Started, zero
 

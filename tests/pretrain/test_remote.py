@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import obstore
 import pytest
 
 from configs import ConfigError
+from pretrain import checkpoint
 from pretrain.guard import StopSignals
 from pretrain.ranks import Ranks
 from pretrain.run import load_run
 from pretrain.staging import stage_shards
 from pretrain.watchdog import Watchdog
-from tests.data_pipeline.servers import moto
+from tests.data_pipeline.servers import Server, moto
 from tests.processes import on_ranks
 from tests.runs import Started, final_state, losses, run_to_end, write_run
 
@@ -32,6 +34,22 @@ def upload(bucket: Any, folder: Path) -> list[str]:
     return [f"data.sources.{name}.shards=s3://shards/pre/{name}" for name in ("alpha", "beta")]
 
 
+def stop_in_an_outage(config: Path, *overrides: str) -> None:
+    """A storage that answers one rank no more: a signal to the other one is a save and exit 3, as everywhere."""
+    variables = {"LONGHAUL_FAIL_AT": "cache.fetched@1#16=sleep:1000"}
+    slow = ("data.fetch_threads=1", "data.prefetch_steps=1", "data.prefetch_blocks=1")
+    started = Started(config, 2, *overrides, *slow, variables=variables)
+    deadline, text = time.monotonic() + 300, ""
+    while "checkpoint step-0" not in text or text != started.text:  # until it goes on no more
+        assert time.monotonic() < deadline and started.processes[0].poll() is None, started.text
+        text = started.text
+        time.sleep(3)
+    started.signal(signal.SIGTERM, rank=0)
+    assert started.wait(120) == [3, 3], started.text
+    newest = checkpoint.open_checkpoint(checkpoint.live_checkpoints(config.parent / "run")[0])
+    assert newest.position.step < STEPS and f"at step {newest.position.step} (exit 3)" in started.text
+
+
 def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,6 +60,7 @@ def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
         overrides = [*upload(bucket, away), f"data.cache.folder={away / 'cache'}", "data.cache.gib=0.1"]
         for name in ("alpha", "beta"):
             (away / name).rename(away / f"not-{name}")
+        stop_in_an_outage(config, *overrides, f"data.cache.folder={away / 'lost'}")
         variables = {"LONGHAUL_FAIL_AT": "cache.fetched@1#25=kill"}
         started = Started(config, 2, *overrides, "checkpoint.save_every_steps=2", variables=variables)
         deadline = time.monotonic() + 300
@@ -53,8 +72,24 @@ def test_a_run_from_a_store_is_the_run_from_disk_also_when_killed(
     assert "damaged" not in text and f"step {STEPS}/{STEPS}" in text
     assert final_state(away)[0] == final_state(golden)[0]  # the digest too
     expected = losses(golden, 1)
-    later = losses(away, 2)
+    later = losses(away, 3)
     assert later == {step: loss for step, loss in expected.items() if step in later} and STEPS in later
+
+
+def test_a_start_that_waits_for_a_server_hears_a_signal(tmp_path: Path) -> None:
+    server = Server()
+    try:
+        server.files["/alpha/MANIFEST.json"] = b""
+        server.faults["/alpha/MANIFEST.json"] = ["503*"]
+        started = Started(write_run(tmp_path), 1, f"data.sources.alpha.shards={server.address}/alpha")
+        deadline = time.monotonic() + 100
+        while not server.requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started.signal(signal.SIGTERM)
+        assert started.wait(60) == [3]
+        assert "stopped while it waited for its shards, before a step (exit 3)" in started.text
+    finally:
+        server.close()
 
 
 def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:

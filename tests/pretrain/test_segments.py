@@ -17,7 +17,7 @@ from configs import ConfigError, build
 from data_pipeline.shards import seal
 from data_pipeline.stream import Corpora
 from pretrain.run import TrainRun
-from pretrain.segments import Course, SegmentRecord, Segments, amended_segment, first_segment, plan_course
+from pretrain.segments import Course, SegmentRecord, Segments, advice, amended_segment, first_segment, plan_course
 from tests.corpora import FORMAT, make_corpus, make_slice
 
 T = 64
@@ -101,6 +101,40 @@ def test_the_first_record_holds_what_was_found(folder: Path) -> None:
     course = plan_course(run, [record])
     assert (course.end_step, course.end_reason) == (40, "train_tokens 25600 reached")
     assert (course.order.lanes, course.steps.batch(7), course.tokens(7)) == (8, BATCH, 7 * BATCH * T)
+
+
+def test_a_batch_larger_than_a_source_is_said(folder: Path, tmp_path: Path) -> None:
+    """One block of one sample; and fewer samples than a step takes."""
+    format = replace(FORMAT, block_tokens=T)
+    make_corpus(tmp_path / "one", 1, slices=1, documents=1, format=format)
+    blocks = Corpora(run_of(tmp_path, one={}).data).pools({"one": 1})[0].blocks
+    assert 1 <= blocks < BATCH
+    few = run_of(tmp_path, "data.group_blocks=1", one={})
+    assert advice(plan_course(few, begun(few))) == [
+        f"source one: a step takes {BATCH} sequences of it, and it has {blocks}: some stand in the step more than "
+        "once; give it more text or less weight, or take a smaller batch_tokens"
+    ]
+    enough = run_of(folder)
+    assert advice(plan_course(enough, begun(enough))) == []
+    far = run_of(folder, alpha={}, beta={"shared_mount": True})
+    (line,) = advice(plan_course(far, begun(far)))
+    assert line.startswith(
+        "data.cache: not set, and the shards of beta are far: each of a node's ranks fetches for itself, "
+    )
+
+
+def test_groups_that_are_small_for_a_step_are_said(folder: Path) -> None:
+    def said(*overrides: str) -> list[str]:
+        run = run_of(folder, "data.lanes=2", *overrides)
+        return advice(plan_course(run, begun(run)))
+
+    blocks = sum(pool.blocks for pool in Corpora(run_of(folder).data).pools({"alpha": 1, "beta": 1}))
+    wanted = min(8 * BATCH // 2, blocks // 2)
+    assert said("data.group_blocks=1") == [
+        f"data.group_blocks: a step takes up to {BATCH // 2} sequences of each of its 2 lanes, so steps in a row are "
+        f"as mixed as they can be from {wanted} on, not 1, for {wanted} times the memory of open blocks"
+    ]
+    assert said(f"data.group_blocks={wanted}") == [] == said("data.group_blocks=1", "batch_tokens=128")
 
 
 @pytest.mark.parametrize(("train_tokens", "end_step"), [(1, 1), (640, 1), (641, 2), (6400, 10), (6401, 11), (7040, 11)])

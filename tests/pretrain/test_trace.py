@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from configs import ConfigError
 from data_pipeline.order import digest
-from data_pipeline.shards import seal
+from data_pipeline.shards import ShardError, seal
 from data_pipeline.stream import Corpora
 from pretrain import trace, withdrawn
 from pretrain.cli import app
@@ -24,6 +24,7 @@ from pretrain.run import TrainRun, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, plan_course
 from pretrain.trace import trace_document, trace_step
 from tests.corpora import FORMAT, make_corpus, make_slice
+from tests.data_pipeline.servers import Server
 from tests.data_pipeline.test_trace import labels
 from tests.pretrain.test_segments import BATCH, T, amended, begun, drawn, refused, run_of
 from tests.processes import HERE, environment
@@ -223,6 +224,28 @@ def test_steps_and_documents_lead_to_each_other(folder: Path, tmp_path: Path) ->
     shares = [{s.sample for s in trace_step(run, 4, rank, 3)} for rank in range(3)]
     assert sorted(n for share in shares for n in share) == list(range(30, 40))
     assert {s.rank for s in trace_step(run, 4, 1, 3)} == {1}
+
+
+def test_a_run_whose_shards_are_on_a_server_is_traced_as_from_disk(folder: Path, tmp_path: Path) -> None:
+    """With a cache on this machine's disk, and without."""
+    here = run_of(folder, f"run_folder={tmp_path}", "train_tokens=30000")
+    server = Server()
+    server.files = {f"/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    try:
+        elsewhere = [f"data.sources.{name}.shards={server.address}/{name}" for name in here.data.sources]
+        cache = [f"data.cache.folder={tmp_path / 'cache'}", "data.cache.gib=0.1"]
+        for more in ([], cache):
+            there = run_of(folder, f"run_folder={tmp_path}", "train_tokens=30000", *elsewhere, *more)
+            assert trace_step(there, 4, 1, 3) == trace_step(here, 4, 1, 3)
+            for id in ("s0/7", "beta:s0/9"):
+                assert trace_document(there, id) == trace_document(here, id)
+            with pytest.raises(ConfigError, match="no such document in alpha, beta"):
+                trace_document(there, "nobody's")
+        server.faults = {path: ["404*"] for path in server.files if path.endswith("ids.npy")}
+        with pytest.raises(ShardError, match=r"/alpha/slices/s0/ids.npy: missing; see data-prep verify$"):
+            trace_document(run_of(folder, f"run_folder={tmp_path}", "train_tokens=30000", *elsewhere), "s0/7")
+    finally:
+        server.close()
 
 
 def test_the_command_says_what_there_is_not(folder: Path, tmp_path: Path) -> None:
