@@ -101,11 +101,10 @@ SIZES: dict[str, dict[str, Any]] = {
 ROWS = {"124M": 32, "350M": 16, "760M": 8, "1.3B": 8, "tiny": 4}  # the same for all three
 FIRST_VARIANTS = [
     Case("124M", "torch", 32, multiple=1),
-    Case("124M", "torch", 32, attention="flash"),
-    Case("124M", "torch", 32, attention="cuDNN"),
+    Case("124M", "torch", 64),
+    Case("124M", "zero1", 64),
 ]
 VARIANTS = [
-    Case("124M", "torch", 64),
     Case("124M", "torch", 32, compile=False),
     Case("124M", "zero1", 32, micro_batches=8),
     Case("1.3B", "torch", 16, recompute="selective"),
@@ -113,6 +112,8 @@ VARIANTS = [
     Case("124M", "torch", 64, loss="chunked"),
     Case("1.3B", "torch", 16, recompute="full"),
     Case("1.3B", "torch", 4),
+    Case("124M", "torch", 32, attention="flash"),
+    Case("124M", "torch", 32, attention="cuDNN"),
     Case("124M", "torch", 32, tuned=True),
 ]
 TINY_VARIANTS = [Case("tiny", "torch", 4, compile=False, recompute="full", loss="chunked", attention="plain products")]
