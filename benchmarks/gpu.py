@@ -477,6 +477,14 @@ def costs(rows: list[dict[str, Any]], compiled: bool = True) -> list[str]:
     return lines
 
 
+def _own_cache(case: Case) -> dict[str, str]:
+    """The compiler's memory knows no attention kernel: what was compiled with one would be taken for another."""
+    if not case.attention:
+        return {}
+    name = case.attention.replace(" ", "-")
+    return {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"longhaul-inductor-{name}")}
+
+
 class Worker:
     """The process of a case, as one that runs out of memory must not spoil the next."""
 
@@ -488,7 +496,7 @@ class Worker:
         command += ["--nanogpt", str(options.nanogpt)] if options.nanogpt else []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**(COMPILING if torch.cuda.is_available() else ONE_THREAD), **os.environ},
+            env={**(COMPILING if torch.cuda.is_available() else ONE_THREAD), **os.environ, **_own_cache(case)},
         )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
