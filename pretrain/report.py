@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import ConfigError, differences
 from data_pipeline.card import settings, share, short
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
     from pretrain.run import TrainRun
 
+Item = TypeVar("Item")
 PAGE = "report.html"
 FOLDER = "report"  # in the run folder, where nothing else is asked for
 SAMPLES = "samples.jsonl"  # in the run folder: the texts of checkpoints that retention may have removed since
 EVALUATIONS = "evaluations"  # in the run folder: *.json of {step, tokens, metrics}
 ROWS = 40  # of a table that the page shows; the newest
+TEXTS = 12  # of a prompt
 MARKS = 200  # on a curve
 KEPT = ("spent", "kind", "seconds", "attempt", "began", "why", "exit_code")  # what the account needs of a record
 SHOWN_EVENTS = {"rollback": "rollback", "gave_up": "gave up", "skip": "skipped", "spike": "spike", "hang": "hang"}
@@ -65,6 +67,7 @@ class Told:
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the folder's name
     attempts: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # {step, tokens, prompt, text}
     end: Record | None = None  # of the newest branch
     last: Record | None = None  # step that counts
     account: Account | None = None
@@ -140,6 +143,9 @@ def _take(told: Told, record: Record, live: bool) -> None:
         told.end = None
     elif record.type == "end":
         told.end = record
+    elif live and record.type == "samples":
+        at = {"step": record.step, "tokens": record.fields["tokens"]}
+        told.samples += [{**at, "prompt": text["prompt"], "text": text["text"]} for text in record.fields["texts"]]
     elif live and record.type == "step":
         told.last = record
         tokens = float(record.fields["tokens"])
@@ -447,7 +453,7 @@ def _run(told: Told, run: TrainRun, config: Mapping[str, Any], label: str) -> di
         "corpora": sorted({_corpus(name) for row in checkpoints for name in row["losses"]}),
         "mix": mixed,
         "mix_problem": mix_problem,
-        "samples": _by_prompt(read_samples(told.folder)),
+        "samples": _by_prompt([*told.samples, *read_samples(told.folder)]),
         "events": told.events,
         "attempts": told.attempts,
         "environment": _environment(facts),
@@ -459,10 +465,18 @@ def _run(told: Told, run: TrainRun, config: Mapping[str, Any], label: str) -> di
 
 
 def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The texts of each prompt by step; of many, those of TEXTS steps from the first to the last."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["step"])):
         found.setdefault(str(row["prompt"]), []).append(row)
-    return found
+    return {prompt: spread(texts, TEXTS) for prompt, texts in found.items()}
+
+
+def spread(rows: Sequence[Item], most: int) -> list[Item]:
+    """At most so many (at least two), evenly from the first to the last."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
 
 
 NO_ENVIRONMENT = (

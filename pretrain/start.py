@@ -40,6 +40,7 @@ from pretrain.parent import (
     load_fork,
 )  # fmt: skip
 from pretrain.ranks import Ranks
+from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, plan_course
 from pretrain.suspects import ATTEMPT
@@ -73,6 +74,8 @@ class Start:
 def examine(run: TrainRun) -> Start:
     """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
     check_tasks(run.evaluation)
+    if run.evaluation.samples is not None:
+        run_tokenizer(run)  # where there is none, it is said before anything begins
     folder = run.run_folder
     begun = Lineage(folder).highest() > 0
     if run.resume == "never" and begun:

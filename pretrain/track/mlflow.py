@@ -403,6 +403,8 @@ class _Session:
                 self._attempt(record)
             elif live and record.type == "end":
                 self._end(record)
+            elif live and record.type == "samples":
+                self._samples(record)
             elif record.type == "event" and record.fields.get("kind") in SHOWN_EVENTS:
                 key = f"longhaul.{record.fields['kind']}.b{record.branch}.step{record.step}"
                 self.client.set_tag(self.run_id, key, _text(record.fields["text"], MAX_TAG))
@@ -448,6 +450,12 @@ class _Session:
             self._artifact(f"code/b{record.branch}.diff", diff.read_text(encoding="utf-8", errors="replace"))
         if record.fields.get("parent") is None:
             self._cards(record.fields.get("datasets") or [])
+
+    def _samples(self, record: Record) -> None:
+        """What the model wrote at a step, as one text; the steps in the order of their names."""
+        texts = [f"{text['prompt']}{text['text']}\n" for text in record.fields["texts"]]
+        head = f"step {record.step:,}, {record.fields['tokens']:,} tokens\n"
+        self._artifact(f"samples/step-{record.step:09d}.txt", "\n---\n\n".join([head, *texts]))
 
     def _cards(self, datasets: list[dict[str, Any]]) -> None:
         """The data cards of the corpora, where they can be read from here."""
