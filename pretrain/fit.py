@@ -65,6 +65,8 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
     low, high = 0, len(sizes) - 1  # sizes[0] is left to be taken untried: there is none below it
     middle = high
     while low < high:
+        if ranks.rank == 0:
+            log.info("micro_batch_seqs: fit: trying a step of %d, of at most %d", sizes[middle], sizes[high])
         with _Together(ranks, sizes[middle], sizes[middle - 1]) as trial:
             fits = _fits(run, ranks, engine, sizes[middle])
             if not fits:

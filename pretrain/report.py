@@ -12,13 +12,13 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import ConfigError, differences
 from data_pipeline.card import settings, share, short
+from data_pipeline.page import render
 from data_pipeline.shards import ShardError, write_durably
 from pretrain.curves import Curve, Mark, Plot, curve, draw, number
 from pretrain.goodput import PARTS, Account, Launched, account, launched
@@ -27,8 +27,6 @@ from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lin
 from pretrain.track.mask import mask
 
 if TYPE_CHECKING:
-    import jinja2
-
     from pretrain.run import TrainRun
 
 Item = TypeVar("Item")
@@ -201,6 +199,7 @@ STEP_PLOTS = {  # metric -> name of the PNG, title, unit
     "memory_gib": ("memory", "Memory", "GiB, the fullest device"),
 }
 PERCENT = ("mfu", "data_wait")
+BY_CORPUS = "train_loss/"
 
 
 def plots(runs: Sequence[Told]) -> tuple[list[Plot], list[Plot]]:
@@ -215,9 +214,20 @@ def plots(runs: Sequence[Told]) -> tuple[list[Plot], list[Plot]]:
         )
         for key, (name, title, unit) in STEP_PLOTS.items()
     ]  # fmt: skip
+    by_corpus = Plot("training-loss-by-corpus", "Training loss by corpus", _by_corpus(runs), "nats per token")
     validation = Plot("validation-loss", "Validation loss", _validation(runs), "nats per token")
-    shown = [plot for plot in (training[0], validation, *training[1:]) if any(c.x for c in plot.curves)]
+    shown = [plot for plot in (training[0], by_corpus, validation, *training[1:]) if any(c.x for c in plot.curves)]
     return shown, _tasks(runs)
+
+
+def _by_corpus(runs: Sequence[Told]) -> list[Curve]:
+    names = sorted({name for told in runs for name in told.metrics if name.startswith(BY_CORPUS)})
+    return [
+        curve(_both(_label(runs, i), name.removeprefix(BY_CORPUS)), points.x, points.y, names.index(name), dashed=i > 0)
+        for i, told in enumerate(runs)
+        for name in names
+        if (points := told.metrics.get(name)) is not None
+    ]
 
 
 def _validation(runs: Sequence[Told]) -> list[Curve]:
@@ -407,7 +417,8 @@ def make(runs: Sequence[TrainRun], out: Path, prompts: Sequence[str] = (), look:
 def page(told: Sequence[Told], runs: Sequence[TrainRun], training: Sequence[Plot], tasks: Sequence[Plot]) -> str:
     """The report as one HTML file. Everything put in is escaped."""
     configs_ = [mask(run.model_dump(mode="json")) for run in runs]
-    return _template().render(
+    return render(
+        Path(__file__).with_name("report.html.jinja"), FILTERS,
         runs=[_run(each, run, tree, _label(told, i)) for i, (each, run, tree) in
               enumerate(zip(told, runs, configs_, strict=True))],
         training=[draw(plot) for plot in training],
@@ -502,23 +513,11 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-@cache
-def _template() -> jinja2.Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "short": short,
-        "share": lambda part: share(part, 1.0),
-        "duration": duration,
-        "seconds": lambda seconds: f"{seconds:.1f}s" if 0 < seconds < 10 else duration(seconds),
-        "number": number,
-        "time": _time,
-    }
-    return environment.get_template("report.html.jinja")
+FILTERS = {
+    "short": short,
+    "share": lambda part: share(part, 1.0),
+    "duration": duration,
+    "seconds": lambda seconds: f"{seconds:.1f}s" if 0 < seconds < 10 else duration(seconds),
+    "number": number,
+    "time": _time,
+}

@@ -87,7 +87,7 @@ def restore(run: TrainRun, committed: Committed, device: torch.device | None = N
 def load_weights(model: GPT, committed: Committed) -> None:
     """Fill a model with the weights of a checkpoint. Raises ConfigError where its files are damaged."""
     try:
-        fill(model.named_parameters(), checkpoint.read_weights(committed))
+        fill(model.named_parameters(), checkpoint.read_weights(committed), f"load {committed.folder.name}")
     except Damaged as error:
         raise ConfigError(f"{error}; give RUN@step of another checkpoint") from None
 

@@ -18,6 +18,7 @@ import torch
 import configs
 from configs import ConfigError
 from data_pipeline.failpoints import fail_at
+from data_pipeline.progress import Count
 from data_pipeline.shards import write_durably
 from data_pipeline.stream import Stream, Validation
 from pretrain import checkpoint, fit
@@ -339,7 +340,8 @@ def _load_newest(start: Start, engine: Engine, ranks: Ranks) -> Committed | None
         try:
             committed = _open_patiently(folder, manifest_hash)
             state = engine.state()
-            checkpoint.load(committed, state)
+            with Count(ranks.rank == 0) as count:
+                checkpoint.load(committed, state, count)
         except Damaged as error:
             problem = str(error)
         problems = [p for p in ranks.gather(problem) if p is not None]

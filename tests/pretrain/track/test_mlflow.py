@@ -154,7 +154,7 @@ def test_steps_done_twice_are_recorded_once(place: Place, tmp_path: Path) -> Non
     assert run.data.tags["changed.lr"] == "0.001 -> 0.002 (b2, from step 5)"
     states = {name: (model.status, model.tags["longhaul.state"]) for name, model in models(config).items()}
     assert states == {
-        "step-5-b1": ("READY", "removed"),
+        "step-5-b1": ("UNSPECIFIED", "removed"),
         "step-9-b1": ("READY", "superseded"),
         "step-10-b1": ("FAILED", "failed"),
     }
