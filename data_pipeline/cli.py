@@ -53,12 +53,15 @@ def run(
     """Prepare all corpora of a config, or do what is missing: tokenizer, slices, manifest."""
     from data_pipeline import prepare
     from data_pipeline.outline import outlines
+    from data_pipeline.progress import Elapsed
 
     preparation = _load(config, overrides)
     if print_config:
         print(configs.dump(preparation), end="")
     elif dry_run:
-        _show_outlines(list(outlines(preparation)), as_json)
+        with Elapsed("looking at the inputs", at_once=True):
+            outlined = list(outlines(preparation))
+        _show_outlines(outlined, as_json)
     else:
         begun = time.monotonic()
         with _stoppable():
