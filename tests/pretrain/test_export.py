@@ -263,6 +263,7 @@ from pathlib import Path
 from pretrain.export import export
 
 small, large, out, file_bytes = *sys.argv[1:4], int(sys.argv[4])
+Path(out).mkdir()
 export(small, Path(out) / "small")  # all is imported now
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
@@ -282,8 +283,9 @@ def test_memory_holds_a_file_and_not_the_model(gpt2: tuple[TrainRun, GPT], tmp_p
     run = write_config(tmp_path / "large", "gpt1", "model.layers=12", "model.width=512", "model.heads=8")
     begin(run)
     commit(run, values(run, seed=7), 10, 1, ("fp32",))
-    arguments = [str(gpt2[0].run_folder), str(run.run_folder), str(tmp_path), str(file_bytes)]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
+    arguments = [str(gpt2[0].run_folder), str(run.run_folder), str(tmp_path / "out"), str(file_bytes)]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     files, size, peak = map(int, done.stdout.split())
     assert files > 15 and size > whole
     assert peak < 2 * file_bytes + 8 * matrix < whole / 2, done.stdout
