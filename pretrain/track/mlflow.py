@@ -60,6 +60,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
 
+END = "longhaul.end"  # the tag that says how the newest attempt ended
 NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as the description
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # of an experiment: MLflow takes it for one of agents else
 VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
@@ -441,6 +442,8 @@ class _Session:
         config = record.fields.get("config") or {}
         run = self.client.get_run(self.run_id)
         self.client.update_run(self.run_id, status="RUNNING", name=config.get("name"))
+        if END in run.data.tags:
+            self.client.delete_tag(self.run_id, END)  # it has begun again
         wanted = {_name(key): _text(value, MAX_PARAM) for key, value in flatten(config).items()} if config else {}
         known = run.data.params
         place = f"b{record.branch}, from step {record.step}"
@@ -686,7 +689,7 @@ class _Session:
     def _end(self, record: Record) -> None:
         """The attempt ended. One that is to be started again (3) is SCHEDULED: MLflow's word for waiting its turn."""
         exit_code = int(record.fields["exit_code"])
-        self.client.set_tag(self.run_id, "longhaul.end", f"{exit_code}: {record.fields.get('why', '')}"[:MAX_TAG])
+        self.client.set_tag(self.run_id, END, f"{exit_code}: {record.fields.get('why', '')}"[:MAX_TAG])
         if exit_code == 3:
             self.client.update_run(self.run_id, status="SCHEDULED")
         elif exit_code != 6:  # 6: another attempt has taken over, and the run is its

@@ -159,6 +159,11 @@ def test_steps_done_twice_are_recorded_once(place: Place, tmp_path: Path) -> Non
         "step-10-b1": ("FAILED", "failed"),
     }
     assert len(outputs(run)) == 2
+    assert run.data.tags["longhaul.end"] == "3: SIGTERM"
+    Journal(tmp_path, 3).attempt(2, 12, "resumed")
+    sync([config], tmp_path)
+    run = the_run(config)
+    assert run.info.status == "RUNNING" and "longhaul.end" not in run.data.tags
 
 
 def test_what_is_carried_late_is_the_live_lineage_only(on_database: Place, tmp_path: Path) -> None:
