@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,18 @@ def test_a_long_run_makes_no_long_page(tmp_path: Path) -> None:
         journal.close()
     text = report.make([run], tmp_path / "out").read_text()
     assert len(text) < 400_000 and "The newest 40 of 299." in text and "The newest 40 of 600." in text
+
+
+def test_a_step_of_a_long_run_is_held_in_some_hundred_bytes(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    tell(run, 1, None, 1, 3000)
+    tracemalloc.start()
+    try:
+        told = report.read(run.run_folder)
+        held = tracemalloc.get_traced_memory()[1] / 3000
+    finally:
+        tracemalloc.stop()
+    assert held < 550 and told.account is not None and told.account.seconds["train"] == 1500
 
 
 def test_the_command_prints_the_page(run: TrainRun, tmp_path: Path) -> None:
