@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,6 +229,7 @@ STEP_PLOTS = {  # metric -> name of the PNG, title, unit
 }
 PERCENT = ("mfu", "data_wait")
 BY_CORPUS = "train_loss/"
+SHOTS = re.compile(r"tasks/([^/]+)/([^/]+-shot)/(.+)")  # as pretrain.evaluations names them
 
 
 def plots(runs: Sequence[Told]) -> tuple[list[Plot], list[Plot]]:
@@ -269,17 +271,25 @@ def _validation(runs: Sequence[Told]) -> list[Curve]:
 
 
 def _tasks(runs: Sequence[Told]) -> list[Plot]:
-    """A plot per metric of evaluations that is no validation loss, nor the perplexity that follows from one."""
+    """A plot per metric of evaluations that is no validation loss, nor the perplexity that follows from one; of a task
+    its numbers of shots together."""
     names = sorted({name for told in runs for name in told.evaluations})
     losses = {name for name in names if _is_loss(name)}
-    names = [n for n in names if n not in losses and n.removesuffix("perplexity") + "loss" not in losses]
+    together: dict[str, list[tuple[str, str]]] = {}  # title -> (shots, name)
+    for name in names:
+        if name not in losses and name.removesuffix("perplexity") + "loss" not in losses:
+            shots = SHOTS.fullmatch(name)
+            title, part = (f"{shots[1]}: {shots[3].replace('_', ' ')}", shots[2]) if shots else (name, "")
+            together.setdefault(title, []).append((part, name))
     return [
         Plot(
-            "evaluation-" + "".join(c if c.isalnum() else "-" for c in name), name,
-            [curve(_label(runs, i), t.evaluations[name].x, t.evaluations[name].y, i) for i, t in enumerate(runs)
-             if name in t.evaluations],
+            "evaluation-" + "".join(c if c.isalnum() else "-" for c in title), title,
+            [curve(_both(_label(runs, i), part), points.x, points.y, n if len(parts) > 1 else i, dashed=i > 0)
+             for i, told in enumerate(runs) for n, (part, name) in enumerate(parts)
+             if (points := told.evaluations.get(name)) is not None],
+            percent=bool(parts[0][0]) and "accuracy" in title,
         )
-        for name in names
+        for title, parts in together.items()
     ]  # fmt: skip
 
 
@@ -298,8 +308,8 @@ def _label(runs: Sequence[Told], i: int) -> str:
     return f"{runs[i].name} ({'AB'[i]})" if same else runs[i].name
 
 
-def _both(run: str, corpus: str) -> str:
-    return f"{corpus}, {run}" if run else corpus
+def _both(run: str, part: str) -> str:
+    return ", ".join(filter(None, (part, run)))
 
 
 def _marks(told: Told) -> list[Mark]:

@@ -238,6 +238,22 @@ def test_secrets_of_a_configuration_are_not_on_the_page(tmp_path: Path) -> None:
         assert b"Planted" not in path.read_bytes(), path
 
 
+def test_the_shots_of_a_task_are_drawn_together(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    journal = tell(run, 1, None, 1, 100)
+    for step in (50, 100):
+        metrics = {f"tasks/piqa/{shots}-shot/accuracy_whole": 0.5 + i / 10 for i, shots in enumerate(("0", "1", "few"))}
+        journal.evaluation(step, step * 640, {**metrics, "validation/alpha/loss": 4.0})
+    told = report.read(run.run_folder)
+    (plot,) = report.plots([told])[1]
+    assert (plot.title, plot.percent) == ("piqa: accuracy whole", True)
+    assert [(c.label, c.last, c.colour) for c in plot.curves] == [
+        ("0-shot", 0.5, 0), ("1-shot", 0.6, 1), ("few-shot", 0.7, 2),
+    ]  # fmt: skip
+    labels = [(c.label, c.dashed) for c in report.plots([told, told])[1][0].curves]
+    assert labels[0] == ("0-shot, small (A)", False) and labels[3] == ("0-shot, small (B)", True)
+
+
 def test_points_of_evaluations_are_in_order_of_tokens(run: TrainRun) -> None:
     told = report.read(run.run_folder)
     assert list(told.evaluations["validation/alpha/loss"].x) == [64_000, 128_000]
