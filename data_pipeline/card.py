@@ -7,24 +7,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs import Section
 from data_pipeline.dropped import examples, lost_documents
 from data_pipeline.files import Unreadable
+from data_pipeline.page import render
 from data_pipeline.plan import PLAN, Plan
 from data_pipeline.progress import size
 from data_pipeline.samples import Sample, excerpts, samples
 from data_pipeline.shards import MANIFEST, Manifest, write_durably
 from data_pipeline.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import jinja2
 
 CARD = "card.json"
 PAGE = "card.html"
@@ -268,7 +265,9 @@ def _time(seconds: float) -> str:
 
 def page(card: Mapping[str, Any]) -> str:
     """The card as one HTML file. Everything put in is escaped."""
-    return _template().render(
+    return render(
+        Path(__file__).with_name("card.html.jinja"),
+        FILTERS,
         card=card,
         corpora=card["corpora"],
         total={key: sum(c[key] for c in card["corpora"]) for key in SUMMED},
@@ -277,29 +276,6 @@ def page(card: Mapping[str, Any]) -> str:
 
 
 SUMMED = ("documents_read", "documents", "tokens", "characters", "text_bytes", "input_bytes", "shard_bytes", "shards")
-
-
-@cache
-def _template() -> jinja2.Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "size": lambda count: _unbroken(size(count)),
-        "short": lambda number: _unbroken(short(number)),
-        "share": lambda part, whole: _unbroken(share(part, whole)),
-        "columns": columns,
-        "link": link,
-        "power": power,
-        "settings": settings,
-    }
-    return environment.get_template("card.html.jinja")
 
 
 def _unbroken(text: str) -> str:
@@ -354,3 +330,14 @@ def settings(config: Mapping[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "size": lambda count: _unbroken(size(count)),
+    "short": lambda number: _unbroken(short(number)),
+    "share": lambda part, whole: _unbroken(share(part, whole)),
+    "columns": columns,
+    "link": link,
+    "power": power,
+    "settings": settings,
+}

@@ -53,12 +53,15 @@ def run(
     """Prepare all corpora of a config, or do what is missing: tokenizer, slices, manifest."""
     from data_pipeline import prepare
     from data_pipeline.outline import outlines
+    from data_pipeline.progress import Elapsed
 
     preparation = _load(config, overrides)
     if print_config:
         print(configs.dump(preparation), end="")
     elif dry_run:
-        _show_outlines(list(outlines(preparation)), as_json)
+        with Elapsed("looking at the inputs", at_once=True):
+            outlined = list(outlines(preparation))
+        _show_outlines(outlined, as_json)
     else:
         begun = time.monotonic()
         with _stoppable():
@@ -144,10 +147,11 @@ def repair(
 ) -> None:
     """Make damaged files of finished shards whole: from where they were published, or again from their inputs."""
     from data_pipeline import repair as repairs
+    from data_pipeline.progress import Count
 
     mended = 0
-    with _stoppable():
-        for line in repairs.repair(where, shard):
+    with _stoppable(), Count() as count:
+        for line in repairs.repair(where, shard, count):
             print(line, flush=True)
             mended += 1
     if not mended:
@@ -159,8 +163,10 @@ def card(where: Where, overrides: Overrides = None, as_json: AsJson = False) -> 
     """Write the data card of finished shards beside them, as `run` does: card.html and card.json. Print where."""
     from data_pipeline.card import CARD
     from data_pipeline.prepare import write_card, write_card_of
+    from data_pipeline.progress import Elapsed
 
-    path = write_card(_load(where, overrides)) if where.is_file() else write_card_of(where)
+    with Elapsed("card: counting, and choosing samples", at_once=True):
+        path = write_card(_load(where, overrides)) if where.is_file() else write_card_of(where)
     print((path.parent / CARD).read_text(encoding="utf-8") if as_json else path, end="" if as_json else "\n")
 
 
@@ -246,9 +252,11 @@ def _show_token(at: At, as_json: bool) -> None:
 
 def _show_dropped(manifests: Sequence[Manifest], rule: str, limit: int, as_json: bool) -> None:
     from data_pipeline.dropped import by_rule, lost_documents
+    from data_pipeline.progress import Elapsed
 
     rows = ({"corpus": m.head["corpus"], **row} for m in manifests for row in by_rule(m, rule))
-    shown = list(itertools.islice(rows, limit))
+    with Elapsed(f"inspect: looking for what {rule} dropped", at_once=True):
+        shown = list(itertools.islice(rows, limit))
     if not shown:
         known = dict.fromkeys(reason for m in manifests for reason in lost_documents(m.head["counts"]))
         raise ConfigError(f"--dropped {rule}: nothing was; the reasons here are {', '.join(sorted(known)) or 'none'}")

@@ -25,7 +25,7 @@ from data_pipeline.failures import failures
 from data_pipeline.jobs import BEFORE_SLICES, make_jobs, planned_jobs, seal_corpus, sealed_manifest
 from data_pipeline.lease import Lease
 from data_pipeline.preparation import Preparation
-from data_pipeline.progress import Display
+from data_pipeline.progress import Display, Elapsed
 from data_pipeline.publish import is_published, publish_rest
 from data_pipeline.shards import Manifest
 from data_pipeline.slices import Job, Work, sweep_leftovers
@@ -138,7 +138,8 @@ def _work_on(
 ) -> None:
     """Do what is missing of some tasks of a stage."""
     if stage == "seal":
-        _seal(preparation, [job for job in _works(preparation, jobs, "slices") if isinstance(job, Job)])
+        with Elapsed("seal: checking, counting, and the data card", at_once=True):
+            _seal(preparation, [job for job in _works(preparation, jobs, "slices") if isinstance(job, Job)])
         return
     every = _works(preparation, jobs, stage)
     tasks = [Task(j, s) for j, each in enumerate(every) for s in range(len(each.plan.slices))]

@@ -63,7 +63,10 @@ class _File:
         return f"slices/{self.slice}/{self.name}"
 
 
-def repair(where: Path, named: str | None = None) -> Iterator[str]:
+Look = Callable[[int, int, str, str], None]  # done, of how many, what is done, in which unit
+
+
+def repair(where: Path, named: str | None = None, look: Look = lambda *_: None) -> Iterator[str]:
     """Make damaged files whole, of one shard or of all; a line for each. Raises ShardError and ConfigError.
 
     `where` is a corpus folder, or the config that made it; without the config, only a published copy can help. Of a
@@ -80,7 +83,7 @@ def repair(where: Path, named: str | None = None) -> Iterator[str]:
         files = [file for file in _files(manifest) if key in (None, (file.slice, file.name.split(".")[0]))]
         found = found or bool(files)
         try:
-            yield from _Repair(manifest, preparation, with_copy=shard is not None).run(files)
+            yield from _Repair(manifest, preparation, shard is not None, look).run(files)
         except InputError as error:
             raise ShardError(str(error)) from None
     if shard is not None and not found:
@@ -105,7 +108,8 @@ def _files(manifest: Manifest) -> Iterator[_File]:
 class _Repair:
     """The repair of one corpus."""
 
-    def __init__(self, manifest: Manifest, preparation: Preparation | None, with_copy: bool) -> None:
+    def __init__(self, manifest: Manifest, preparation: Preparation | None, with_copy: bool, look: Look) -> None:
+        self.look = look
         self.manifest, self.folder = manifest, manifest.folder
         self.preparation, self.with_copy = preparation, with_copy
         self.address = preparation.publish if preparation is not None else _published_at(manifest.folder)
@@ -115,7 +119,8 @@ class _Repair:
     def run(self, files: Sequence[_File]) -> Iterator[str]:
         """Of these files, those that are damaged."""
         damaged: dict[str, list[_File]] = {}
-        for file in files:
+        for number, file in enumerate(files):
+            self.look(number, len(files), f"repair {self.folder.name}: read", "files")
             if not self._is_whole(file):
                 damaged.setdefault(file.slice, []).append(file)
         for slice_, its in damaged.items():
@@ -164,7 +169,8 @@ class _Repair:
         """Send again what is damaged where it was published."""
         assert self.copy is not None and self.address is not None
         target = target_of(self.address)
-        for file in files:
+        for number, file in enumerate(files):
+            self.look(number, len(files), f"repair {self.folder.name}: read at {self.address}", "files")
             try:
                 if _hash_of(self.copy, file.path) == file.hash:
                     continue
@@ -189,7 +195,8 @@ class _Repair:
             folder = job.folder / job.stage / f".tmp-{slice.name}-{lease.owner.token}"
             folder.mkdir()
             try:
-                job.write(slice, folder, tokenizer, lambda *_: None)
+                title = f"repair {self.folder.name}: make {slice.name} again"
+                job.write(slice, folder, tokenizer, lambda read, *_: self.look(read, slice.bytes, title, "bytes"))
                 for file in files:
                     self._check(job, file, folder / file.name)
                 yield folder

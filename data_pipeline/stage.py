@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from data_pipeline.disk import writing
 from data_pipeline.failpoints import fail_at
 from data_pipeline.files import Check, Damaged, Files, Folder, Unreadable
 from data_pipeline.lease import Lease
-from data_pipeline.progress import duration, size
+from data_pipeline.progress import Beside, size
 from data_pipeline.shards import SPLITS, Manifest, ShardError, Unreachable, sync_folder
 
 log = logging.getLogger("pretrain")
@@ -181,7 +180,7 @@ def _check_room(folder: Path, missing: Sequence[_File]) -> None:
 
 
 def _copy_all(folder: Path, missing: Sequence[_File], is_over: Callable[[], bool]) -> None:
-    progress = _Copied(sum(file.bytes for file in missing), len(missing))
+    progress = Beside("staging", sum(file.bytes for file in missing), log)
     log.info("staging %d files, %s, to %s", len(missing), size(progress.total), folder)
     with ThreadPoolExecutor(COPIED_AT_ONCE, thread_name_prefix="longhaul-stage") as pool:
         futures = [pool.submit(_copy, file, progress, is_over) for file in missing]
@@ -194,30 +193,7 @@ def _copy_all(folder: Path, missing: Sequence[_File], is_over: Callable[[], bool
     log.info("staged: %s", progress.line())
 
 
-class _Copied:
-    """How much of it is done; a line from time to time."""
-
-    def __init__(self, total: int, files: int) -> None:
-        self.total, self.files = total, files
-        self.bytes, self.begun, self.told = 0, time.monotonic(), time.monotonic()
-        self.lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self.lock:
-            self.bytes += count
-            if time.monotonic() - self.told < LINE_S:
-                return
-            self.told = time.monotonic()
-        log.info("staging: %s", self.line())
-
-    def line(self) -> str:
-        seconds = max(time.monotonic() - self.begun, 1e-9)
-        rate = self.bytes / seconds
-        left = duration(max(self.total - self.bytes, 0) / rate) if rate else "?"
-        return f"{size(self.bytes)} of {size(self.total)}, {size(rate)}/s, {left} left"
-
-
-def _copy(file: _File, progress: _Copied, is_over: Callable[[], bool]) -> None:
+def _copy(file: _File, progress: Beside, is_over: Callable[[], bool]) -> None:
     """One file, gone on with where a copy was broken off; what is begun and turns out wrong is copied anew."""
     file.to.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(2):
@@ -240,7 +216,7 @@ def _copy(file: _File, progress: _Copied, is_over: Callable[[], bool]) -> None:
     raise ShardError(f"{file.files.address}/{file.name}: damaged at its source (hash differs); see data-prep verify")
 
 
-def _fetched(file: _File, progress: _Copied, is_over: Callable[[], bool]) -> str:
+def _fetched(file: _File, progress: Beside, is_over: Callable[[], bool]) -> str:
     """The xxh3-128 of the part file when it has all the bytes."""
     digest = xxhash.xxh3_128()
     with file.part.open("a+b") as part:

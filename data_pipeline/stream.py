@@ -174,7 +174,13 @@ class Batch:
     tokens: npt.NDArray[np.int64]  # (micro_steps, rows, T + 1); filler rows are 0
     valid: npt.NDArray[np.int64]  # (micro_steps, rows): targets that count in each row, T or 0
     digest: int  # of this rank's samples with weight above 0
+    sources: npt.NDArray[np.int64]  # (micro_steps, rows): index into Stream.sources; of filler rows 0
     documents: npt.NDArray[np.int32] | None = None  # (micro_steps, rows, T), see `document_numbers`; with document_mask
+
+    def targets(self, sources: int) -> tuple[int, ...]:
+        """How many targets count, by source."""
+        found = np.bincount(self.sources.ravel(), self.valid.ravel(), minlength=sources)
+        return tuple(int(count) for count in found)
 
 
 def document_numbers(starts: npt.NDArray[np.int64], begin: int, length: int) -> npt.NDArray[np.int32]:
@@ -218,6 +224,8 @@ class Stream:
             shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks, data.document_mask
         )
         self._dtype = shards[0].format.dtype
+        self.sources = list(dict.fromkeys(pool.source for pool in order.pools))
+        self._source_of = np.array([self.sources.index(pool.source) for pool in order.pools], np.int64)
         most = max(batch for _, batch in steps.pieces)
         times = (LOCATED_AT_ONCE // LOCATED_AT_FIRST).bit_length()
         self._strides = [max(1, (LOCATED_AT_FIRST << i) * ranks // most) for i in range(times)]  # steps
@@ -250,10 +258,14 @@ class Stream:
         tokens[:count], tokens[count:] = rows, 0
         valid = np.zeros(len(tokens), np.int64)
         valid[:count] = np.where(share.fed, length, 0)
+        sources = np.zeros(len(tokens), np.int64)
+        sources[:count] = self._source_of[share.where.pool]
         whole = share.fed.all()
         mine = digest(share.samples, rows) if whole else digest(share.samples[share.fed], rows[share.fed])
         shaped = None if documents is None else documents.reshape(*shape, length)
-        return Batch(step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine, shaped)
+        return Batch(
+            step, tokens.reshape(*shape, length + 1), valid.reshape(shape), mine, sources.reshape(shape), shaped
+        )
 
     def _read_rows(self, share: _Share, begin: int, rows: Tokens, documents: npt.NDArray[np.int32] | None) -> None:
         """Fill `rows` with the samples of a share from `begin` on, and their places in `documents`."""

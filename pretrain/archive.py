@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field
 
 from configs import ConfigError, Float, Int, Section
 from data_pipeline.failpoints import fail_at
+from data_pipeline.progress import Beside
 from data_pipeline.shards import sync_folder, write_durably
 
 log = logging.getLogger("pretrain")
@@ -114,12 +115,14 @@ class Store:
             return
         run_folder = folder.parents[1]
         self._check_same_run(run_folder)
-        for name, file in json.loads(data)["files"].items():
+        files = json.loads(data)["files"]
+        progress = Beside(f"archiving {folder.name}", 2 * sum(file["bytes"] for file in files.values()), log)
+        for name, file in files.items():
             if not go_on():
                 return
-            if self._upload(folder / name, f"{target}/{name}") != file["hash"]:
+            if self._upload(folder / name, f"{target}/{name}", progress) != file["hash"]:
                 raise ArchiveError(f"{folder / name}: damaged (hash differs)")
-            if self._hash(f"{target}/{name}") != file["hash"]:
+            if self._hash(f"{target}/{name}", progress) != file["hash"]:
                 raise OSError(f"{target}/{name}: not what was written")
             fail_at("archive.copied")
         self.describe(run_folder)
@@ -150,12 +153,15 @@ class Store:
         temporary = target.with_name(f".tmp-{target.name}")
         temporary.mkdir(parents=True, exist_ok=True)
         data = self.fs.cat_file(f"{source}/{MANIFEST}")
-        for part, file in json.loads(data)["files"].items():
+        files = json.loads(data)["files"]
+        progress = Beside(f"bringing {name}", sum(file["bytes"] for file in files.values()), log)
+        for part, file in files.items():
             digest = xxhash.xxh3_128()
             with self.fs.open(f"{source}/{part}", "rb") as found, (temporary / part).open("wb") as copy:
                 while chunk := found.read(READ_BYTES):
                     digest.update(chunk)
                     copy.write(chunk)
+                    progress.add(len(chunk))
                 copy.flush()
                 os.fsync(copy.fileno())
             if digest.hexdigest() != file["hash"]:
@@ -164,7 +170,7 @@ class Store:
         temporary.rename(target)
         sync_folder(target.parent)
 
-    def _upload(self, source: Path, target: str) -> str:
+    def _upload(self, source: Path, target: str, progress: Beside) -> str:
         """Copy one file; the hash of what was read."""
         digest = xxhash.xxh3_128()
         if self.is_local:
@@ -173,6 +179,7 @@ class Store:
             while chunk := file.read(READ_BYTES):
                 digest.update(chunk)
                 copy.write(chunk)
+                progress.add(len(chunk))
             if self.is_local:
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -181,11 +188,12 @@ class Store:
     def _create(self, target: str) -> Any:
         return Path(target).open("wb") if self.is_local else self.fs.open(target, "wb")
 
-    def _hash(self, path: str) -> str:
+    def _hash(self, path: str, progress: Beside) -> str:
         digest = xxhash.xxh3_128()
         with self.fs.open(path, "rb") as file:
             while chunk := file.read(READ_BYTES):
                 digest.update(chunk)
+                progress.add(len(chunk))
         return digest.hexdigest()
 
     def _write(self, target: str, data: bytes) -> None:

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,25 +17,29 @@ from data_pipeline.failpoints import fail_at, spoil
 from data_pipeline.order import cut
 from data_pipeline.shards import ShardError, Shards
 from data_pipeline.stream import Batch, Stream, Validation
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.trace import documents_of
 from pretrain import checkpoint, guard, replicas
 from pretrain.board import Board, Notice, Reading
 from pretrain.checkpoint import Committed, Position, Saver
-from pretrain.engine import Engine, Outcome
-from pretrain.evaluate import task_scores, validation_losses
+from pretrain.engine import Engine, Outcome, Tally
+from pretrain.evaluate import measuring, task_scores, validation_losses
 from pretrain.guard import SkippedSteps, Spikes, StopSignals
 from pretrain.lineage import TakenOver
 from pretrain.memory import GIB, used_bytes
-from pretrain.meter import Ledger, Meter, duration
+from pretrain.meter import BySource, Ledger, Meter, duration
+from pretrain.models.gpt import GPT
 from pretrain.noise import Noise
+from pretrain.optim import Rates
 from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
 from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun
+from pretrain.samples import write_samples
 from pretrain.segments import Course
 from pretrain.stragglers import Stragglers
 from pretrain.suspects import accuse
-from pretrain.together import Abandoned, Together
+from pretrain.together import Abandoned, Poll, Together
 from pretrain.track import Journal, SystemMetrics, Trackers
 from pretrain.watchdog import Watchdog
 
@@ -93,14 +98,21 @@ class Attempt:
         self.stragglers = Stragglers(self.ranks.size, self.run.guard.slow_rank_factor)
         self.first_step = self.position.step
         self.save_error = ""
+        self._targets: tuple[int, ...] = ()  # of this rank in the step just made, by source
         self.profiler = Profiler(self.run.profile, self.run.run_folder / "profile", self.ranks.rank, self.engine.timer)
         self._local: dict[str, float] = {}
+        self._by_source = BySource(self.stream.sources)
 
     @property
     def last_step(self) -> int:
         """Where this attempt ends at the latest."""
         wanted = self.run.stop_at_step
         return self.course.end_step if wanted is None else min(wanted, self.course.end_step)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the run's corpora. Raises ConfigError."""
+        return run_tokenizer(self.run)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -114,6 +126,12 @@ class Attempt:
             for _ in range(self.position.step, self.last_step):
                 begun = time.perf_counter()
                 yield together.take(reading), time.perf_counter() - begun
+
+    def step(self, batch: Batch, count: int, rates: Rates) -> Outcome:
+        """One update from a batch of which `count` targets count over all ranks."""
+        sources = torch.from_numpy(batch.sources).to(self.ranks.device, non_blocking=True)
+        tally = Tally(self.feed(batch), sources, len(self.stream.sources))
+        return self.engine.step(tally.batches, count, rates, self.noise(batch.step), tally)
 
     def feed(self, batch: Batch) -> list[Any]:
         """A batch's micro-batches, on the device."""
@@ -147,6 +165,7 @@ class Attempt:
         """The batch is consumed."""
         step = batch.step + 1
         self.digest_share = (self.digest_share + batch.digest) % 2**128
+        self._targets = batch.targets(len(self.stream.sources))
         self.position = Position(step, self.course.steps.start(step), self.course.tokens(step), self.position.digest)
         self.evaluated = False
         for line in self.course.warnings(step):
@@ -168,7 +187,8 @@ class Attempt:
         needed = 2 * (self.save_s or 0.0) + 2 * (seconds + waited)
         code = self.stop.exit_code(needed)
         notice = Notice(
-            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, waited + outcome.forward_s, code,
+            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, waited + outcome.forward_s,
+            outcome.by_source or (0.0,) * len(self._targets), self._targets, code,
             code is not None and self.stop.left_s() < (self.save_s or 0.0), taken_over,
             error is not None and not taken_over and self.run.checkpoint.on_error == "stop",
         )  # fmt: skip
@@ -219,7 +239,8 @@ class Attempt:
     # --- between steps --------------------------------------------------------------------------------------------
 
     def evaluate(self) -> bool:
-        """Measure the validation loss of every corpus; False where it was left unfinished, the ranks asked to stop."""
+        """Measure the validation loss of every corpus, and write the samples of text; False where that was left
+        unfinished, the ranks asked to stop."""
         begun = time.perf_counter()
         rows = self.run.micro_batch_rows
         try:
@@ -232,24 +253,36 @@ class Attempt:
                 self._before_batch,
                 self._is_asked_to_stop,
             )
+            texts = self._write_samples()
         except Abandoned:
             self._say("evaluation left unfinished: asked to stop")
             return False
         seconds = time.perf_counter() - begun
         self.meter.aside(seconds)
         self.ledger.add("evaluate", seconds)
+        if self.journal is not None and texts:
+            self.journal.samples(self.position.step, self.position.tokens, texts)
         if self.journal is not None and metrics:
             self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
             losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
             log.info("step %d  validation loss  %s", self.position.step, losses)
         return True
 
+    def _write_samples(self) -> list[dict[str, str]]:
+        """Go on with the prompts of `evaluation.samples`. Raises Abandoned."""
+        wanted = self.run.evaluation.samples
+        if wanted is None:
+            return []
+        poll, model = Poll(self.ranks, self._before_batch), self.engine.module
+        with measuring(model):
+            return write_samples(cast(GPT, model), self.tokenizer, wanted, self.ranks, poll)
+
     def evaluate_tasks(self) -> bool:
         """Measure the scores of the tasks; False where that was left unfinished, the ranks asked to stop."""
         begun, settings = time.perf_counter(), self.run.evaluation
         try:
             scores = task_scores(
-                self.engine.module, run_tokenizer(self.run), self.run.model.context, settings.tasks, settings.shots,
+                self.engine.module, self.tokenizer, self.run.model.context, settings.tasks, settings.shots,
                 self.ranks, self.run.micro_batch_rows, self._before_batch,
             )  # fmt: skip
         except Abandoned:
@@ -418,6 +451,8 @@ class Attempt:
             return None
         self.last_read = reading
         position, local = reading.position, self._local
+        if reading.applied and reading.fed:
+            self._by_source.add(reading.by_source, reading.targets)
         self.meter.step(position.tokens - self.course.tokens(position.step - 1), local["seconds"], local["waited"])
         if reading.spike is not None:
             s = reading.spike
@@ -437,6 +472,7 @@ class Attempt:
         speed = self.meter.read(self.course.tokens(self.course.end_step) - position.tokens)
         metrics = {"lr": local["lr"], "tokens_per_s": speed.tokens_per_s, "data_wait": speed.data_wait}
         metrics |= {"loss": reading.loss, "grad_norm": reading.grad_norm} if reading.fed else {}
+        metrics |= self._by_source.take()
         metrics |= {} if speed.mfu is None else {"mfu": speed.mfu}
         metrics["memory_gib"] = used_bytes(self.ranks.device) / GIB
         self.journal.step(

@@ -31,13 +31,15 @@ class Notice:
     applied: bool
     digest_share: int
     own_s: float  # seconds of its own work, without the wait for others
+    by_source: tuple[float, ...] = ()  # sums of losses (nats) of its rows, by source
+    targets: tuple[int, ...] = ()  # how many count in them; as many on every rank
     exit_code: int | None = None  # what its signals and its clock ask for
     out_of_time: bool = False  # a save would not end in the time that is left
     taken_over: bool = False
     save_failed: bool = False
 
     def tensor(self, rank: int, ranks: int) -> torch.Tensor:
-        """float64: loss, norm, flags, digest in limbs, then a place for each rank's own seconds."""
+        """float64: loss, norm, flags, digest in limbs, a place for each rank's own seconds; then losses by source."""
         flags = (
             self.exit_code == guard.STOPPED,
             self.exit_code == guard.INTERRUPTED,
@@ -48,7 +50,7 @@ class Notice:
         limbs = [self.digest_share >> (32 * i) & (LIMB - 1) for i in range(4)]
         own = [self.own_s if r == rank else 0.0 for r in range(ranks)]
         values = [self.loss, self.grad_norm / ranks, *map(float, flags), *map(float, limbs), *own]
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor([*values, *self.by_source, *map(float, self.targets)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Reading:
     applied: bool
     fed: bool  # any of its samples was
     own_s: tuple[float, ...]  # by rank
+    by_source: tuple[float, ...]  # sums of losses (nats)
+    targets: tuple[int, ...]  # that count in them
     exit_code: int | None
     out_of_time: bool
     spike: Spike | None
@@ -90,7 +94,13 @@ class Board:
         position = Position(position.step, position.samples, position.tokens, self._digest(rest[5:9]))
         spike = self.spikes.add(loss, grad_norm) if applied and fed else None
         code = _worst(taken_over, save_failed, interrupted, stopped)
-        return Reading(position, loss, grad_norm, applied, fed, tuple(rest[9:]), code, out_of_time, spike)
+        own_s, by_source = rest[9 : 9 + self.ranks.size], rest[9 + self.ranks.size :]
+        half = len(by_source) // 2
+        targets = tuple(map(int, by_source[half:]))
+        return Reading(
+            position, loss, grad_norm, applied, fed, tuple(own_s), tuple(by_source[:half]), targets, code, out_of_time,
+            spike,
+        )  # fmt: skip
 
     def _digest(self, limbs: Sequence[float]) -> str:
         share = sum(int(limb) << (32 * i) for i, limb in enumerate(limbs))

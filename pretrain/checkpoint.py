@@ -491,9 +491,10 @@ def sweep(run_folder: Path) -> None:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(committed: Committed, state: State) -> None:
+def load(committed: Committed, state: State, look: Callable[[int, int, str, str], None] = lambda *_: None) -> None:
     """Fill a rank's flat tensors and step counts from a checkpoint, hashing every chunk it reads.
 
+    `look` is told how much of it is done (done, of how much, what, in which unit).
     Raises Damaged on any difference, ConfigError where the parameters are others.
     """
     world = committed.manifest["world_size"]
@@ -515,9 +516,12 @@ def load(committed: Committed, state: State) -> None:
         for tensor in flat.values():
             tensor.zero_()  # padding must be finite
     try:
+        total, done = sum(fragment.numel for fragment in state.held), 0
         for fragment in state.held:
             for part in parts[fragment.name]:
                 _copy(part, fragment, state.flats[fragment.flat])
+            done += fragment.numel
+            look(done, total, f"load {committed.folder.name}", "parameters")
     finally:
         for file in files:
             file.close()

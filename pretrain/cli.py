@@ -87,9 +87,12 @@ def amend(
     ],
 ) -> None:
     """Change the course of a stopped run from its newest checkpoint on. The past stays as it was."""
+    from data_pipeline.progress import Elapsed
     from pretrain.amend import amend as amend_run
 
-    record = amend_run(run, changes, tell=lambda line: print(f"pretrain: {line}", file=sys.stderr))
+    _show_progress()
+    with Elapsed("amend", at_once=True):
+        record = amend_run(run, changes, tell=lambda line: print(f"pretrain: {line}", file=sys.stderr))
     withdrawn = record.withdrawn.what if record.withdrawn is not None else []
     print(f"from sample {record.from_sample}: {' '.join([*record.changes, *withdrawn])}")
 
@@ -109,12 +112,15 @@ def trace(
 
     if (step is None) == (doc is None):
         raise ConfigError("trace: expected --step S [--rank R] or --doc ID")
+    from data_pipeline.progress import Elapsed
     from pretrain.run import load_run
     from pretrain.trace import trace_document, trace_step
 
+    _show_progress()
     loaded = load_run(run)
     if step is not None:
-        seen = trace_step(loaded, step, rank, ranks)
+        with Elapsed(f"trace of step {step}", at_once=True):
+            seen = trace_step(loaded, step, rank, ranks)
         lines = [
             f"sample {s.sample}  rank {s.rank}  {s.state}  {s.source}  epoch {s.epoch}  "
             f"tokens {s.first_token} to {s.end_token - 1}  {s.id}  {s.uri}"
@@ -123,7 +129,8 @@ def trace(
         print(json.dumps([asdict(s) for s in seen], indent=1) if as_json else "\n".join(lines))
         return
     assert doc is not None
-    found = trace_document(loaded, doc)
+    with Elapsed(f"trace of {doc}", at_once=True):
+        found = trace_document(loaded, doc)
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=1))
         return

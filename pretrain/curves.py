@@ -128,7 +128,9 @@ def y_axis(curves: Iterable[Curve], percent: bool = False) -> Axis:
         return Axis(low, high, [10.0**p for p in powers][:: 1 + len(powers) // 6], logarithmic=True)
     cut = high - later > (later - low) * 1.0 and later > low
     high = later if cut else high
-    if high == low:
+    if percent and high == low == 0:
+        high = 0.01  # a share is never below 0
+    elif high == low:
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     if low >= 0 and low < 0.35 * high:
         low = 0.0

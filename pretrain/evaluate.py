@@ -20,6 +20,7 @@ from data_pipeline.stream import Validation
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.objectives import Batch, Objective
 from pretrain.ranks import Ranks
+from pretrain.samples import Samples
 from pretrain.tasks import TASKS, Name, Shots, TaskFile, read_rows
 from pretrain.together import Poll, Together
 
@@ -35,6 +36,7 @@ class Evaluation(Section):
     tasks: dict[Name, TaskFile] = Field(default_factory=dict)
     shots: tuple[Annotated[Shots, BeforeValidator(str)], ...] = ("0", "1", "few")
     tasks_every_steps: Int | None = Field(default=None, gt=0)  # in training; default: only by `pretrain evaluate`
+    samples: Samples | None = None  # texts that are written every `every_steps`; null: none
 
 
 class Measured(Protocol):
@@ -175,7 +177,7 @@ def task_scores(
         found: Score = harness.evaluate_task(model, name, files[name], each, context, count)
         return found
 
-    with measuring(module):
+    with measuring(module), torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         return [score(name, each) for name, each in itertools.product(files, shots)]
 
 

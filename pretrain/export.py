@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from configs import ConfigError
-from data_pipeline.progress import Count
+from data_pipeline.progress import Count, Elapsed
 from data_pipeline.shards import sync_file, sync_folder
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
 from pretrain import checkpoint, disk
@@ -237,7 +237,11 @@ def compare(folder: Path, ours: GPT, length: int) -> float:
         raise ConfigError(
             "--check needs transformers, which is not installed: pip install 'longhaul[evaluate]'"
         ) from None
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with Elapsed("export: loaded with transformers, and compared", at_once=True):
+        return _difference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ours, length)
+
+
+def _difference(theirs: Any, ours: GPT, length: int) -> float:
     theirs.train(False)
     generator = torch.Generator().manual_seed(1)
     largest = 0.0

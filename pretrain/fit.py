@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from data_pipeline.failpoints import fail_at
-from pretrain.engine import Engine
+from pretrain.engine import Engine, Tally
 from pretrain.engine.scale import LossScale
 from pretrain.engine.state import MASTER
 from pretrain.guard import OUT_OF_MEMORY
@@ -65,6 +65,8 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
     low, high = 0, len(sizes) - 1  # sizes[0] is left to be taken untried: there is none below it
     middle = high
     while low < high:
+        if ranks.rank == 0:
+            log.info("micro_batch_seqs: fit: trying a step of %d, of at most %d", sizes[middle], sizes[high])
         with _Together(ranks, sizes[middle], sizes[middle - 1]) as trial:
             fits = _fits(run, ranks, engine, sizes[middle])
             if not fits:
@@ -145,7 +147,8 @@ def _fits(run: TrainRun, ranks: Ranks, engine: Engine, rows: int) -> bool:
     batch = run.objective.batch(tokens, torch.zeros(rows, dtype=torch.int64, device=ranks.device))
     try:
         fail_at("fit.step", rows)
-        engine.step([batch], 1, Rates(lr=0.0, weight_decay=0.0))
+        tally = Tally([batch], torch.zeros(1, rows, dtype=torch.int64, device=ranks.device), 1)  # as in a run
+        engine.step(tally.batches, 1, Rates(lr=0.0, weight_decay=0.0), tally=tally)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

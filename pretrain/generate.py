@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import torch
@@ -71,12 +71,14 @@ def sample_rows(
     end: int | None = None,
     done: set[int] | None = None,
     first_row: int = 0,
+    agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> Iterator[tuple[int, int]]:
     """`sample` for several prompts at once: (row, token) as they are drawn. A row that is put into `done` ends.
 
     All rows are equally long at every step: the shortest prompt is read at once, and what the others have beyond it is
     taken from them instead of drawn. So nothing is padded or masked, and the logits are those of each row alone. Row i
-    is drawn with seed + first_row + i, so what it draws does not depend on the rows beside it.
+    is drawn with seed + first_row + i, so what it draws does not depend on the rows beside it. `agree` is called once a
+    step with the tokens that were drawn, and gives those that count: several ranks that share a model go on alike.
     """
     assert all(prompts), "a prompt has at least one token; a text begins with <|endoftext|>"
     context, done = model.config.context, set() if done is None else done
@@ -89,13 +91,10 @@ def sample_rows(
     while len(done) < len(given):
         logits = _last_logits(model, unread, past)
         unread = [prompt[place : place + 1] for prompt in given]
-        for row in range(len(given)):
-            if unread[row]:
-                continue
-            unread[row] = [0]  # of a row that is done: it goes on with the others, and nobody looks
-            if row in done:
-                continue
-            token = int(sampling.choose(logits[row : row + 1], generators[row]))
+        drawing = [row for row in range(len(given)) if not unread[row] and row not in done]
+        drawn = agree([int(sampling.choose(logits[row : row + 1], generators[row])) for row in drawing])
+        unread = [tokens or [0] for tokens in unread]  # a row that is done goes on with the others, and nobody looks
+        for row, token in zip(drawing, drawn, strict=True):
             left[row] -= 1
             if token == end or not left[row]:
                 done.add(row)
@@ -144,6 +143,25 @@ class Text:
     def _give(self, text: str) -> str:
         piece, self.text = text[len(self.text) :], text
         return piece
+
+
+def write_rows(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    texts: Sequence[Text],
+    first_row: int = 0,
+    agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
+) -> Iterator[str]:
+    """The pieces of what follows each prompt, as they come; `texts`, one for each, have them apart."""
+    end, done = tokenizer.end_of_text, set[int]()
+    rows = [[end, *ids.tolist()] for ids in tokenizer.encode_batch(prompts)]
+    for row, token in sample_rows(model, rows, sampling, end, done, first_row, agree):
+        yield texts[row].add(token)
+        if texts[row].stopped:
+            done.add(row)
+    yield from (text.rest() for text in texts)
 
 
 def _begun(text: str, stop: str) -> int:

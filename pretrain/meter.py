@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -102,6 +103,31 @@ class Ledger:
         """What was added since the last call."""
         spent, self._spent = self._spent, {}
         return spent
+
+
+class BySource:
+    """The mean training loss of each corpus over the steps since the last reading: every target counts once."""
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self._sources = sources
+        self._losses: list[float] = []
+        self._targets: list[int] = []
+        self._begin()
+
+    def add(self, losses: Sequence[float], targets: Sequence[int]) -> None:
+        """One step over all ranks: sums of losses (nats), and how many targets they are of."""
+        self._losses = [a + b for a, b in zip(self._losses, losses, strict=True)]
+        self._targets = [a + b for a, b in zip(self._targets, targets, strict=True)]
+
+    def take(self) -> dict[str, float]:
+        """`train_loss/NAME` of each source that was fed since the last call."""
+        rows = zip(self._sources, self._losses, self._targets, strict=True)
+        found = {f"train_loss/{name}": loss / targets for name, loss, targets in rows if targets}
+        self._begin()
+        return found
+
+    def _begin(self) -> None:
+        self._losses, self._targets = [0.0] * len(self._sources), [0] * len(self._sources)
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     documents: Tensor | None = (
         None  # int [B, T], which document of its row each input is of; None: rows are not divided
     )
+    losses: Tensor | None = None  # float32 [B, T]: forward puts the weighted loss of each target here, where asked to
 
 
 class NextToken(Section):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import configs
 from configs import ConfigError
+from data_pipeline.progress import Count
 from data_pipeline.stream import Corpora
 from pretrain import checkpoint
 from pretrain.checkpoint import Committed, Damaged, Position
@@ -110,9 +111,9 @@ def give_first_values(model: GPT, run: TrainRun, parent: Parent | None) -> None:
         return initialize(model, run.seed)
     try:
         if parent.step is None:
-            return fill(model.named_parameters(), read_folder(parent.folder, run.model))
+            return fill(model.named_parameters(), read_folder(parent.folder, run.model), f"import {parent.folder.name}")
         committed = checkpoint.open_checkpoint(parent.folder, parent.hash)
-        return fill(model.named_parameters(), checkpoint.read_weights(committed))
+        return fill(model.named_parameters(), checkpoint.read_weights(committed), f"load {committed.folder.name}")
     except (Damaged, ValueError) as error:
         raise ConfigError(f"init_from: {parent.name}: {error}") from None
 
@@ -121,7 +122,8 @@ def load_fork(engine: Engine, parent: Parent, ranks: Ranks) -> None:
     """Fill an engine with the weights and moments that `fork_from` names."""
     state, problem = engine.state(), None
     try:
-        checkpoint.load(checkpoint.open_checkpoint(parent.folder, parent.hash), state)
+        with Count(ranks.rank == 0) as count:
+            checkpoint.load(checkpoint.open_checkpoint(parent.folder, parent.hash), state, count)
     except Damaged as error:
         problem = str(error)
     for found in ranks.gather(problem):

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from configs import ConfigError, differences
 from data_pipeline.card import settings, share, short
+from data_pipeline.page import render
 from data_pipeline.shards import ShardError, write_durably
 from pretrain.curves import Curve, Mark, Plot, curve, draw, number
 from pretrain.goodput import PARTS, Account, Launched, account, launched
@@ -27,17 +29,16 @@ from pretrain.track.journal import Cursor, Record, branch_files, last_steps, lin
 from pretrain.track.mask import mask
 
 if TYPE_CHECKING:
-    import jinja2
-
     from pretrain.run import TrainRun
 
+Item = TypeVar("Item")
 PAGE = "report.html"
 FOLDER = "report"  # in the run folder, where nothing else is asked for
 SAMPLES = "samples.jsonl"  # in the run folder: the texts of checkpoints that retention may have removed since
 EVALUATIONS = "evaluations"  # in the run folder: *.json of {step, tokens, metrics}
 ROWS = 40  # of a table that the page shows; the newest
+TEXTS = 12  # of a prompt
 MARKS = 200  # on a curve
-KEPT = ("spent", "kind", "seconds", "attempt", "began", "why", "exit_code")  # what the account needs of a record
 SHOWN_EVENTS = {"rollback": "rollback", "gave_up": "gave up", "skip": "skipped", "spike": "spike", "hang": "hang"}
 
 
@@ -65,6 +66,7 @@ class Told:
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the folder's name
     attempts: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # {step, tokens, prompt, text}
     end: Record | None = None  # of the newest branch
     last: Record | None = None  # step that counts
     account: Account | None = None
@@ -123,10 +125,38 @@ def _tree(path: Path) -> dict[str, object]:
 
 
 def _slim(record: Record) -> Record:
+    """What the account of the time needs of it: there are as many as steps, perhaps a million."""
     if record.type == "step":
-        fields = {"spent": record.fields["spent"]} if "spent" in record.fields else {}
+        spent = record.fields.get("spent")
+        fields: Any = {} if not isinstance(spent, dict) else _Spent(spent)
         return Record(record.type, record.branch, record.step, record.time, fields)
     return record
+
+
+class _Spent(Mapping[str, Any]):
+    """The fields {spent: {part: seconds}} of a record, in a fifth of the memory."""
+
+    __slots__ = ("_parts", "_seconds")
+
+    def __init__(self, spent: Mapping[str, float]) -> None:
+        self._parts, self._seconds = _parts(tuple(spent)), array("d", map(float, spent.values())).tobytes()
+
+    def __getitem__(self, key: str) -> dict[str, float]:
+        if key != "spent":
+            raise KeyError(key)
+        return dict(zip(self._parts, array("d", self._seconds), strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("spent",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+@cache
+def _parts(names: tuple[str, ...]) -> tuple[str, ...]:
+    """One and the same for all that are equal."""
+    return names
 
 
 def _take(told: Told, record: Record, live: bool) -> None:
@@ -140,6 +170,9 @@ def _take(told: Told, record: Record, live: bool) -> None:
         told.end = None
     elif record.type == "end":
         told.end = record
+    elif live and record.type == "samples":
+        at = {"step": record.step, "tokens": record.fields["tokens"]}
+        told.samples += [{**at, "prompt": text["prompt"], "text": text["text"]} for text in record.fields["texts"]]
     elif live and record.type == "step":
         told.last = record
         tokens = float(record.fields["tokens"])
@@ -195,6 +228,8 @@ STEP_PLOTS = {  # metric -> name of the PNG, title, unit
     "memory_gib": ("memory", "Memory", "GiB, the fullest device"),
 }
 PERCENT = ("mfu", "data_wait")
+BY_CORPUS = "train_loss/"
+SHOTS = re.compile(r"tasks/([^/]+)/([^/]+-shot)/(.+)")  # as pretrain.evaluations names them
 
 
 def plots(runs: Sequence[Told]) -> tuple[list[Plot], list[Plot]]:
@@ -209,9 +244,20 @@ def plots(runs: Sequence[Told]) -> tuple[list[Plot], list[Plot]]:
         )
         for key, (name, title, unit) in STEP_PLOTS.items()
     ]  # fmt: skip
+    by_corpus = Plot("training-loss-by-corpus", "Training loss by corpus", _by_corpus(runs), "nats per token")
     validation = Plot("validation-loss", "Validation loss", _validation(runs), "nats per token")
-    shown = [plot for plot in (training[0], validation, *training[1:]) if any(c.x for c in plot.curves)]
+    shown = [plot for plot in (training[0], by_corpus, validation, *training[1:]) if any(c.x for c in plot.curves)]
     return shown, _tasks(runs)
+
+
+def _by_corpus(runs: Sequence[Told]) -> list[Curve]:
+    names = sorted({name for told in runs for name in told.metrics if name.startswith(BY_CORPUS)})
+    return [
+        curve(_both(_label(runs, i), name.removeprefix(BY_CORPUS)), points.x, points.y, names.index(name), dashed=i > 0)
+        for i, told in enumerate(runs)
+        for name in names
+        if (points := told.metrics.get(name)) is not None
+    ]
 
 
 def _validation(runs: Sequence[Told]) -> list[Curve]:
@@ -225,17 +271,25 @@ def _validation(runs: Sequence[Told]) -> list[Curve]:
 
 
 def _tasks(runs: Sequence[Told]) -> list[Plot]:
-    """A plot per metric of evaluations that is no validation loss, nor the perplexity that follows from one."""
+    """A plot per metric of evaluations that is no validation loss, nor the perplexity that follows from one; of a task
+    its numbers of shots together."""
     names = sorted({name for told in runs for name in told.evaluations})
     losses = {name for name in names if _is_loss(name)}
-    names = [n for n in names if n not in losses and n.removesuffix("perplexity") + "loss" not in losses]
+    together: dict[str, list[tuple[str, str]]] = {}  # title -> (shots, name)
+    for name in names:
+        if name not in losses and name.removesuffix("perplexity") + "loss" not in losses:
+            shots = SHOTS.fullmatch(name)
+            title, part = (f"{shots[1]}: {shots[3].replace('_', ' ')}", shots[2]) if shots else (name, "")
+            together.setdefault(title, []).append((part, name))
     return [
         Plot(
-            "evaluation-" + "".join(c if c.isalnum() else "-" for c in name), name,
-            [curve(_label(runs, i), t.evaluations[name].x, t.evaluations[name].y, i) for i, t in enumerate(runs)
-             if name in t.evaluations],
+            "evaluation-" + "".join(c if c.isalnum() else "-" for c in title), title,
+            [curve(_both(_label(runs, i), part), points.x, points.y, n if len(parts) > 1 else i, dashed=i > 0)
+             for i, told in enumerate(runs) for n, (part, name) in enumerate(parts)
+             if (points := told.evaluations.get(name)) is not None],
+            percent=bool(parts[0][0]) and "accuracy" in title,
         )
-        for name in names
+        for title, parts in together.items()
     ]  # fmt: skip
 
 
@@ -254,8 +308,8 @@ def _label(runs: Sequence[Told], i: int) -> str:
     return f"{runs[i].name} ({'AB'[i]})" if same else runs[i].name
 
 
-def _both(run: str, corpus: str) -> str:
-    return f"{corpus}, {run}" if run else corpus
+def _both(run: str, part: str) -> str:
+    return ", ".join(filter(None, (part, run)))
 
 
 def _marks(told: Told) -> list[Mark]:
@@ -401,7 +455,8 @@ def make(runs: Sequence[TrainRun], out: Path, prompts: Sequence[str] = (), look:
 def page(told: Sequence[Told], runs: Sequence[TrainRun], training: Sequence[Plot], tasks: Sequence[Plot]) -> str:
     """The report as one HTML file. Everything put in is escaped."""
     configs_ = [mask(run.model_dump(mode="json")) for run in runs]
-    return _template().render(
+    return render(
+        Path(__file__).with_name("report.html.jinja"), FILTERS,
         runs=[_run(each, run, tree, _label(told, i)) for i, (each, run, tree) in
               enumerate(zip(told, runs, configs_, strict=True))],
         training=[draw(plot) for plot in training],
@@ -447,7 +502,7 @@ def _run(told: Told, run: TrainRun, config: Mapping[str, Any], label: str) -> di
         "corpora": sorted({_corpus(name) for row in checkpoints for name in row["losses"]}),
         "mix": mixed,
         "mix_problem": mix_problem,
-        "samples": _by_prompt(read_samples(told.folder)),
+        "samples": _by_prompt([*told.samples, *read_samples(told.folder)]),
         "events": told.events,
         "attempts": told.attempts,
         "environment": _environment(facts),
@@ -459,10 +514,18 @@ def _run(told: Told, run: TrainRun, config: Mapping[str, Any], label: str) -> di
 
 
 def _by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The texts of each prompt by step; of many, those of TEXTS steps from the first to the last."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: int(row["step"])):
         found.setdefault(str(row["prompt"]), []).append(row)
-    return found
+    return {prompt: spread(texts, TEXTS) for prompt, texts in found.items()}
+
+
+def spread(rows: Sequence[Item], most: int) -> list[Item]:
+    """At most so many (at least two), evenly from the first to the last."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * (len(rows) - 1) // (most - 1)] for i in range(most)]
 
 
 NO_ENVIRONMENT = (
@@ -488,23 +551,11 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-@cache
-def _template() -> jinja2.Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "short": short,
-        "share": lambda part: share(part, 1.0),
-        "duration": duration,
-        "seconds": lambda seconds: f"{seconds:.1f}s" if 0 < seconds < 10 else duration(seconds),
-        "number": number,
-        "time": _time,
-    }
-    return environment.get_template("report.html.jinja")
+FILTERS = {
+    "short": short,
+    "share": lambda part: share(part, 1.0),
+    "duration": duration,
+    "seconds": lambda seconds: f"{seconds:.1f}s" if 0 < seconds < 10 else duration(seconds),
+    "number": number,
+    "time": _time,
+}

@@ -14,7 +14,7 @@ from data_pipeline.stream import Corpora
 from data_pipeline.tokenizer import Tokenizer
 from pretrain import checkpoint
 from pretrain.checkpoint import Committed, Damaged
-from pretrain.generate import Sampling, Text, sample_rows
+from pretrain.generate import Sampling, Text, write_rows
 from pretrain.models.gpt import GPT
 from pretrain.models.weights import fill
 from pretrain.run import TrainRun, load_run
@@ -47,13 +47,7 @@ class Restored:
         self, prompts: Sequence[str], sampling: Sampling, texts: list[Text], begin: int = 0
     ) -> Iterator[str]:
         """The pieces of all of them as they come; `texts` has them apart."""
-        end, done = self.tokenizer.end_of_text, set[int]()
-        rows = [[end, *ids.tolist()] for ids in self.tokenizer.encode_batch(prompts)]
-        for row, token in sample_rows(self.model, rows, sampling, end, done, begin):
-            yield texts[row].add(token)
-            if texts[row].stopped:
-                done.add(row)
-        yield from (text.rest() for text in texts)
+        return write_rows(self.model, self.tokenizer, prompts, sampling, texts, begin)
 
 
 def open_run(name: str) -> Restored:
@@ -93,7 +87,7 @@ def restore(run: TrainRun, committed: Committed, device: torch.device | None = N
 def load_weights(model: GPT, committed: Committed) -> None:
     """Fill a model with the weights of a checkpoint. Raises ConfigError where its files are damaged."""
     try:
-        fill(model.named_parameters(), checkpoint.read_weights(committed))
+        fill(model.named_parameters(), checkpoint.read_weights(committed), f"load {committed.folder.name}")
     except Damaged as error:
         raise ConfigError(f"{error}; give RUN@step of another checkpoint") from None
 

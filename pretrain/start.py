@@ -18,6 +18,7 @@ import torch
 import configs
 from configs import ConfigError
 from data_pipeline.failpoints import fail_at
+from data_pipeline.progress import Count
 from data_pipeline.shards import write_durably
 from data_pipeline.stream import Stream, Validation
 from pretrain import checkpoint, fit
@@ -40,6 +41,7 @@ from pretrain.parent import (
     load_fork,
 )  # fmt: skip
 from pretrain.ranks import Ranks
+from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, advice, plan_course
 from pretrain.suspects import ATTEMPT
@@ -73,6 +75,8 @@ class Start:
 def examine(run: TrainRun) -> Start:
     """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
     check_tasks(run.evaluation)
+    if run.evaluation.samples is not None:
+        run_tokenizer(run)  # where there is none, it is said before anything begins
     folder = run.run_folder
     begun = Lineage(folder).highest() > 0
     if run.resume == "never" and begun:
@@ -343,7 +347,8 @@ def _load_newest(start: Start, engine: Engine, ranks: Ranks) -> Committed | None
         try:
             committed = _open_patiently(folder, manifest_hash)
             state = engine.state()
-            checkpoint.load(committed, state)
+            with Count(ranks.rank == 0) as count:
+                checkpoint.load(committed, state, count)
         except Damaged as error:
             problem = str(error)
         problems = [p for p in ranks.gather(problem) if p is not None]

@@ -94,7 +94,7 @@ def _loop(a: Attempt) -> int:
         now = a.course.at(batch.step)
         count = int(a.course.tokens(batch.step + 1) - a.course.tokens(batch.step))
         rates = now.optim.rates(now.schedule.factor(a.course.tokens(batch.step + 1), now.train_tokens))
-        outcome = a.engine.step(a.feed(batch), count, rates, a.noise(batch.step)) if count else SKIPPED_WHOLE
+        outcome = a.step(batch, count, rates) if count else SKIPPED_WHOLE
         a.profile_until(batch.step + 1)
         a.advance(batch)
         a.post(outcome, rates.lr, time.perf_counter() - begun, waited)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from pretrain.engine.plain import Torch
 from pretrain.engine.state import Outcome, State, StepTimer
+from pretrain.engine.tally import Tally
 from pretrain.engine.zero import DeepSpeed
 from pretrain.noise import Noise
 from pretrain.objectives import Batch
 from pretrain.optim import Rates
 
-__all__ = ["Engine", "EngineSettings", "Outcome", "State"]
+__all__ = ["Engine", "EngineSettings", "Outcome", "State", "Tally"]
 
 EngineSettings = Annotated[Torch | DeepSpeed, Field(discriminator="kind")]
 
@@ -31,10 +32,18 @@ class Engine(Protocol):
     module: nn.Module
     timer: StepTimer
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        count: int,
+        rates: Rates,
+        noise: Noise | None = None,
+        tally: Tally | None = None,
+    ) -> Outcome:
         """One update from this rank's micro-batches; `count` is the number of targets of the step over all ranks.
 
-        `noise` gives each micro-batch its random numbers; a model without dropout needs none.
+        `noise` gives each micro-batch its random numbers; a model without dropout needs none. `tally`, whose batches
+        these are, has the losses of each source added up.
         """
 
     def loss(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
 from pretrain.noise import Noise
@@ -69,12 +70,19 @@ class PlainEngine:
         self.optimizer = optim.over(groups)
         self.forward = torch.compile(model, dynamic=False) if settings.compiles(ranks.device) else model
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        count: int,
+        rates: Rates,
+        noise: Noise | None = None,
+        tally: Tally | None = None,
+    ) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
         set_rates(self.optimizer.param_groups, rates)
-        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise, tally), self.ranks)
 
-    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None, tally: Tally | None) -> Outcome:
         if not self.reduced:
             self.gradient.zero_()  # backward adds to it
         total = torch.zeros((), dtype=torch.float32, device=self.gradient.device)
@@ -92,9 +100,11 @@ class PlainEngine:
         if self.ranks.size > 1:
             with self.timer.part("communication"):
                 dist.all_reduce(self.gradient)
+        told = to_tell(total, tally)
         with self.timer.part("optimizer"):
             applied, norm = (self._update_on_device if self.reduced else self._update)(scale)
-        return Outcome(float(total), norm, applied, forward_s=self.timer.take())
+        loss, by_source = read(told)
+        return Outcome(loss, norm, applied, self.timer.take(), by_source)
 
     def _update(self, scale: float) -> tuple[bool, float]:
         """Clip and step; whether the gradient was finite, and its norm."""

@@ -30,6 +30,7 @@ class Outcome:
     grad_norm: float  # of the whole gradient, before clipping
     applied: bool  # False: the gradient was not finite, and the weights are as before
     forward_s: float = 0.0  # of this rank's forward passes, in which it waits for no other
+    by_source: tuple[float, ...] = ()  # this rank's sums of losses (nats), by source; empty where none are asked for
 
 
 class StepTimer:

@@ -23,6 +23,7 @@ from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation, Offload
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
 from pretrain.noise import Noise
@@ -136,12 +137,19 @@ class ZeroEngine:
             # engine.compile() would have the compiler trace DeepSpeed's own hooks around the forward pass too
             self.module.forward = torch.compile(self.module.forward, dynamic=False)
 
-    def step(self, batches: Sequence[Batch], count: int, rates: Rates, noise: Noise | None = None) -> Outcome:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        count: int,
+        rates: Rates,
+        noise: Noise | None = None,
+        tally: Tally | None = None,
+    ) -> Outcome:
         """See `Engine.step`. In fp16 an overflow is followed by another try with a lower scale."""
         set_rates(self.engine.optimizer.param_groups, rates)
-        return until_applied(self.scale, lambda: self._attempt(batches, count, noise), self.ranks)
+        return until_applied(self.scale, lambda: self._attempt(batches, count, noise, tally), self.ranks)
 
-    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None) -> Outcome:
+    def _attempt(self, batches: Sequence[Batch], count: int, noise: Noise | None, tally: Tally | None) -> Outcome:
         """Where DeepSpeed averages over ranks, each rank's share is scaled up by their number."""
         if self.scale is not None:
             self.engine.optimizer.loss_scaler.cur_scale = self.scale.scale
@@ -155,17 +163,20 @@ class ZeroEngine:
             with self.timer.part("backward"):
                 self.engine.backward(loss * (self.averaged / count))
                 total += loss.detach().float() / count
+        told = to_tell(total, tally)
         with self.timer.part("optimizer"):
             norm = self._norm_without_zero() if self.settings.zero_stage == 0 else None
             if norm is not None and not math.isfinite(norm):
                 self.engine.zero_grad()
-                return Outcome(float(total), norm, applied=False, forward_s=self.timer.take())
+                value, by_source = read(told)
+                return Outcome(value, norm, applied=False, forward_s=self.timer.take(), by_source=by_source)
             skipped = self.engine.skipped_steps
             self.engine.step()
             if norm is None:
                 norm = float(self.engine.get_global_grad_norm())
         applied = self.engine.skipped_steps == skipped and math.isfinite(norm)
-        return Outcome(float(total), norm, applied, self.timer.take())
+        value, by_source = read(told)
+        return Outcome(value, norm, applied, self.timer.take(), by_source)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:

@@ -165,12 +165,14 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         documents: Tensor | None = None,
+        losses: Tensor | None = None,
         past: list[Past] | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of tokens int64[B, T]; with targets int64[B, T] and weights float32[B, T], their loss.
 
         The loss is the weighted sum over all tokens, not a mean: ranks and micro-batches add up, and the caller divides
-        once, by the weights of the whole step. With `documents` int[B, T], which document of its row each token is of
+        once, by the weights of the whole step. Its terms are put into `losses` float32[B, T], where that is given. With
+        `documents` int[B, T], which document of its row each token is of
         (it never falls along a row), positions begin again at each and attention stays inside. With `past`, from
         `new_past`, the tokens follow those already in it.
         """
@@ -186,7 +188,7 @@ class GPT(nn.Module):
         seen = {band: see(tokens, band, documents, flexible) for band in set(self.config.bands)}
         for layer, (band, block) in enumerate(zip(self.config.bands, self.blocks, strict=True)):
             x = block(x, seen[band], past[layer] if past else None)
-        result: Tensor = self.lm_head(self.norm(x), targets, weights)
+        result: Tensor = self.lm_head(self.norm(x), targets, weights, losses)
         return result
 
     def new_past(self) -> list[Past]:

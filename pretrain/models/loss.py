@@ -56,8 +56,13 @@ class Head(nn.Linear):
 
     plan = LossPlan()
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Logits of x [B, T, C]; or the sum of weights fp32[B, T] times the losses for targets int64[B, T]."""
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, losses: Tensor | None = None
+    ) -> Tensor:
+        """Logits of x [B, T, C]; or the sum of weights fp32[B, T] times the losses for targets int64[B, T].
+
+        Its terms are put into `losses` fp32[B, T], where that is given.
+        """
         if targets is None or weights is None:
             return super().forward(x)
         tokens = targets.numel()
@@ -65,8 +70,13 @@ class Head(nn.Linear):
         if chunk >= tokens or self.bias is not None:
             padded = self.plan.multiple > 1 and self.bias is None
             logits = padded_product(x, self.weight, self.plan.multiple) if padded else super().forward(x)
-            return weighted_loss(logits, targets, weights)
-        return chunked_loss(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(), chunk)
+            terms = weighted_losses(logits, targets, weights)
+            loss = terms.sum()
+        else:
+            loss, terms = _chunked(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(), chunk)
+        if losses is not None:
+            losses.copy_(terms.detach().view_as(losses))
+        return loss
 
 
 def padded_product(x: Tensor, weight: Tensor, multiple: int) -> Tensor:
@@ -87,8 +97,13 @@ def plan_losses(model: nn.Module, plan: LossPlan) -> None:
 
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights [B, T] times the cross-entropy (nats) of logits [B, T, V] for targets [B, T]; all in fp32."""
+    return weighted_losses(logits, targets, weights).sum()
+
+
+def weighted_losses(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The terms of `weighted_loss`: [B * T]."""
     losses = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum()
+    return losses * weights.flatten()
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
@@ -97,23 +112,33 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tenso
     The gradients are made along with the loss, while a chunk's logits are there: as much work as the plain loss, no
     logits computed twice (Hsu et al. 2024, Liger Kernel, section 3.2). Those of the weight are summed in fp32.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, weight, targets, weights, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return loss
+    return _chunked(hidden, weight, targets, weights, chunk)[0]
+
+
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The loss, and its terms [N], which have no gradient."""
+    found: tuple[Tensor, Tensor] = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, weights, chunk, torch.is_grad_enabled()
+    )
+    return found
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int, learns: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        terms = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if learns else None
         of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
         for begin in range(0, hidden.size(0), chunk):
             x, target, share = (t[begin : begin + chunk] for t in (hidden, targets.unsqueeze(1), weights.unsqueeze(1)))
             logits = (x @ weight.t()).float()
             log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_sum - logits.gather(1, target)) * share).sum()
+            each = (log_sum - logits.gather(1, target)) * share
+            total += each.sum()
+            terms[begin : begin + chunk] = each.squeeze(1)
             if of_hidden is None or of_weight is None:
                 continue
             gradient = logits.sub_(log_sum).exp_().mul_(share)  # share * (softmax - one-hot), in place
@@ -125,9 +150,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 of_weight += gradient.t() @ x
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(terms)
+        return total, terms
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         return of_hidden * scale.to(of_hidden.dtype), (of_weight * scale).to(ctx.dtype), None, None, None, None

@@ -6,12 +6,15 @@ A parameter's name is its first in `named_parameters()`; a tied one has no secon
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from data_pipeline.progress import Count
 
 
 class Initial(Protocol):
@@ -39,22 +42,32 @@ def initial_value(model: Initial, name: str, shape: Sequence[int], seed: int) ->
 def initialize(model: Initial, seed: int) -> None:
     """Give every parameter its initial value, in place, holding one more at a time."""
     named = list(model.named_parameters())
-    fill(named, ((name, initial_value(model, name, parameter.shape, seed)) for name, parameter in named))
+    fill(
+        named,
+        ((name, initial_value(model, name, parameter.shape, seed)) for name, parameter in named),
+        "initial values",
+    )
 
 
 @torch.no_grad()
-def fill(parameters: Iterable[tuple[str, Tensor]], values: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy values into the parameters of the same name, cast to their dtypes.
+def fill(
+    parameters: Iterable[tuple[str, Tensor]], values: Iterable[tuple[str, Tensor]], title: str = "weights"
+) -> None:
+    """Copy values into the parameters of the same name, cast to their dtypes; rank 0 shows how far it is.
 
     Raises ValueError unless every parameter gets exactly one value, of its shape.
     """
     waiting = dict(parameters)
-    for name, value in values:
-        parameter = waiting.pop(name, None)
-        if parameter is None:
-            raise ValueError(f"{name}: given twice, or no parameter of this model")
-        if parameter.shape != value.shape:
-            raise ValueError(f"{name}: the model has shape {list(parameter.shape)}, the value {list(value.shape)}")
-        parameter.copy_(value)
+    total, done = sum(parameter.numel() for parameter in waiting.values()), 0
+    with Count(os.environ.get("RANK", "0") == "0") as count:
+        for name, value in values:
+            parameter = waiting.pop(name, None)
+            if parameter is None:
+                raise ValueError(f"{name}: given twice, or no parameter of this model")
+            if parameter.shape != value.shape:
+                raise ValueError(f"{name}: the model has shape {list(parameter.shape)}, the value {list(value.shape)}")
+            parameter.copy_(value)
+            done += parameter.numel()
+            count(done, total, title, "parameters")
     if waiting:
         raise ValueError(f"{next(iter(waiting))}: no value given, as for {len(waiting)} parameters in all")

@@ -62,5 +62,5 @@ def sync(
             raise TrackError(f"{busy}; try again when it is done") from None
         except Exception as error:
             raise TrackError(f"{tracker.name}: {cause(error)}; nothing was lost, try again later") from None
-        done.append(Synced(tracker.name, config.page(), tracker.metrics, tracker.checkpoints))
+        done.append(Synced(tracker.name, config.page(run_folder), tracker.metrics, tracker.checkpoints))
     return done

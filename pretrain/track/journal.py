@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -71,6 +71,10 @@ class Journal:
         """Metrics such as `validation/wikipedia/loss`, of the weights after `step`, and how long they took."""
         fields = {"tokens": tokens, "metrics": _plain(metrics)}
         self._append("evaluation", step, fields | ({} if seconds is None else {"seconds": round(seconds, 3)}))
+
+    def samples(self, step: int, tokens: int, texts: Sequence[Mapping[str, str]]) -> None:
+        """What the weights after `step` wrote: {prompt, text} of each prompt."""
+        self._append("samples", step, {"tokens": tokens, "texts": [dict(text) for text in texts]})
 
     def checkpoint(
         self, step: int, status: CheckpointStatus, path: str, manifest_hash: str | None, seconds: float | None = None
@@ -144,7 +148,7 @@ class Journal:
 class Record:
     """One line of the journal: what every record has, and its other fields by name."""
 
-    type: Literal["attempt", "step", "evaluation", "checkpoint", "event", "end", "system"]
+    type: Literal["attempt", "step", "evaluation", "samples", "checkpoint", "event", "end", "system"]
     branch: int
     step: int
     time: float  # seconds since the epoch

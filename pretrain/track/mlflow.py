@@ -21,6 +21,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,11 +60,18 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql")
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes that trying again does not change
 STATE = "longhaul.state"  # the tag of a checkpoint: pending, ready, failed, removed, superseded
 
+END = "longhaul.end"  # the tag that says how the newest attempt ended
+NOTE = "mlflow.note.content"  # the tag that MLflow's page shows as the description
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # of an experiment: MLflow takes it for one of agents else
 VERSIONS = "mlflow.modelVersions"  # the tag by which MLflow's page leads from a checkpoint to its registered versions
 MODEL = "longhaul.model_id"  # the tag of a registered version
+MODE = "?workflowType=machine_learning"  # MLflow's page begins with what it has for agents
 NEWEST = "newest"  # the alias; MLflow keeps `latest` for the highest version, which a restart may have superseded
 GOODPUT_SHARE = 0.02  # of its time that a follower reckons the goodput at most: that reads all of the journal
 
+# Of how it trained, not of what it has become: no columns of MLflow's table of checkpoints.
+OF_THE_RUN = ("lr", "grad_norm", "tokens_per_s", "data_wait", "mfu", "memory_gib", "goodput")
+UNREADABLE = ("began",)  # facts of an attempt that are no tags: seconds since the epoch
 SHOWN_EVENTS = ("rollback", "gave_up", "weights_differ", "hang")  # as tags of the run, of retired branches too
 
 # Ours before MLflow's own: its defaults block for minutes on a dead server, print to stdout and send usage data.
@@ -124,10 +132,14 @@ class Mlflow(Section):
         """The sqlite file, or None."""
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:") else None
 
-    def page(self) -> str:
-        """How to look at it: the address of a server, or the command that starts one on the database."""
+    def page(self, run_folder: Path | None = None) -> str:
+        """How to look at it: the address of a server, of a run's page on it where that is known; or the command that
+        starts a server on the database."""
         if self.uri.startswith("http"):
-            return self.uri
+            state = None if run_folder is None else self.build(run_folder).state
+            if state is None or state.run_id is None:
+                return self.uri
+            return f"{self.uri}/#/experiments/{state.experiment_id}/runs/{state.run_id}{MODE}"
         return f"mlflow server --backend-store-uri {shlex.quote(self.uri)}"
 
 
@@ -170,6 +182,11 @@ class MlflowTracker:
         sizes = {branch: path.stat().st_size for branch, path in branch_files(self._run_folder).items()}
         before = sum(size for branch, size in sizes.items() if branch < state.cursor[0])
         return before + state.cursor[1], sum(sizes.values())
+
+    @property
+    def state(self) -> State:
+        """How far the run has been carried."""
+        return self._read_state()
 
     def carry(self) -> bool:
         """Carry the next part of the journal, at most one request of metrics or one event. Whether there was one."""
@@ -369,7 +386,9 @@ class _Session:
         return [
             metric
             for key, metric in self.newest.items()
-            if not key.startswith("system/") and (metric.step == step or (key == "loss" and metric.step < step))
+            if not key.startswith("system/")
+            and key not in OF_THE_RUN
+            and (metric.step == step or (key == "loss" and metric.step < step))
         ]
 
     def _log_batch(self, metrics: list[Metric], tags: list[Any]) -> None:
@@ -403,6 +422,8 @@ class _Session:
                 self._attempt(record)
             elif live and record.type == "end":
                 self._end(record)
+            elif live and record.type == "samples":
+                self._samples(record)
             elif record.type == "event" and record.fields.get("kind") in SHOWN_EVENTS:
                 key = f"longhaul.{record.fields['kind']}.b{record.branch}.step{record.step}"
                 self.client.set_tag(self.run_id, key, _text(record.fields["text"], MAX_TAG))
@@ -421,6 +442,8 @@ class _Session:
         config = record.fields.get("config") or {}
         run = self.client.get_run(self.run_id)
         self.client.update_run(self.run_id, status="RUNNING", name=config.get("name"))
+        if END in run.data.tags:
+            self.client.delete_tag(self.run_id, END)  # it has begun again
         wanted = {_name(key): _text(value, MAX_PARAM) for key, value in flatten(config).items()} if config else {}
         known = run.data.params
         place = f"b{record.branch}, from step {record.step}"
@@ -429,7 +452,10 @@ class _Session:
             for key, value in wanted.items()
             if key in known and known[key] != value
         }
-        facts = {"branch": record.branch, **record.fields}
+        facts = {"branch": record.branch, **{k: v for k, v in record.fields.items() if k not in UNREADABLE}}
+        tags |= {"mlflow.source.name": "pretrain train", "mlflow.source.type": "JOB"}
+        if config and not run.data.tags.get(NOTE, "").strip():
+            tags[NOTE] = _about(config, record)
         if "commit" in record.fields:
             tags["mlflow.source.git.commit"] = str(record.fields["commit"])
         tags |= {f"longhaul.{key}": str(v) for key, v in facts.items() if isinstance(v, str | int | float | bool)}
@@ -448,6 +474,12 @@ class _Session:
             self._artifact(f"code/b{record.branch}.diff", diff.read_text(encoding="utf-8", errors="replace"))
         if record.fields.get("parent") is None:
             self._cards(record.fields.get("datasets") or [])
+
+    def _samples(self, record: Record) -> None:
+        """What the model wrote at a step, as one text; the steps in the order of their names."""
+        texts = [f"{text['prompt']}{text['text']}\n" for text in record.fields["texts"]]
+        head = f"step {record.step:,}, {record.fields['tokens']:,} tokens\n"
+        self._artifact(f"samples/step-{record.step:09d}.txt", "\n---\n\n".join([head, *texts]))
 
     def _cards(self, datasets: list[dict[str, Any]]) -> None:
         """The data cards of the corpora, where they can be read from here."""
@@ -506,8 +538,8 @@ class _Session:
     def _checkpoint(self, record: Record, live: bool) -> bool:
         """A checkpoint is a LoggedModel, its files by reference. Whether the record changed anything.
 
-        pending: PENDING; ready: READY, an output of the run at its step; failed: FAILED; removed: a tag. A superseded
-        record makes nothing new, but what it says of a known one still holds, but for ready.
+        pending: PENDING; ready: READY, an output of the run at its step; failed: FAILED; removed: no status. A
+        superseded record makes nothing new, but what it says of a known one still holds, but for ready.
         """
         from mlflow.entities import LoggedModelOutput
 
@@ -534,9 +566,26 @@ class _Session:
         elif status == "failed" and state == "pending":
             self._fail(model)
         elif status == "removed":
-            self.client.set_logged_model_tags(model.model_id, {STATE: "removed"})
+            self._mark_removed(model, record)
             self._set_aliases()
         return True
+
+    def _mark_removed(self, model: LoggedModel, record: Record) -> None:
+        """Its folder is gone: on MLflow's page it is no longer Ready, and its versions in the registry say why."""
+        from mlflow.entities import LoggedModelStatus
+
+        at = datetime.fromtimestamp(record.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        for version in json.loads(model.tags.get(VERSIONS, "[]")):
+            name, number = version["name"], str(version["version"])
+            text = f"Removed by retention at {at}: {model.params['path']} is gone."
+            with _unless_gone():
+                self.client.update_model_version(name, number, text)
+                self.client.set_model_version_tag(name, number, STATE, "removed")
+        if "removed" not in model.params:
+            self.client.log_model_params(model.model_id, {"removed": at})
+        if model.status == "READY":
+            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.UNSPECIFIED)
+        self.client.set_logged_model_tags(model.model_id, {STATE: "removed"})  # last: until then it is done again
 
     def _manifest(self, model: LoggedModel, folder: Path) -> None:
         """Give a checkpoint its manifest as an artifact; the tensors stay where they are."""
@@ -640,7 +689,7 @@ class _Session:
     def _end(self, record: Record) -> None:
         """The attempt ended. One that is to be started again (3) is SCHEDULED: MLflow's word for waiting its turn."""
         exit_code = int(record.fields["exit_code"])
-        self.client.set_tag(self.run_id, "longhaul.end", f"{exit_code}: {record.fields.get('why', '')}"[:MAX_TAG])
+        self.client.set_tag(self.run_id, END, f"{exit_code}: {record.fields.get('why', '')}"[:MAX_TAG])
         if exit_code == 3:
             self.client.update_run(self.run_id, status="SCHEDULED")
         elif exit_code != 6:  # 6: another attempt has taken over, and the run is its
@@ -717,7 +766,7 @@ def _experiment(client: MlflowClient, config: Mlflow) -> str:
         location = config.artifact_location
         if location is None and config.database is not None:
             location = (config.database.parent / "mlartifacts").as_uri()
-        return str(client.create_experiment(config.experiment, artifact_location=location))
+        return str(client.create_experiment(config.experiment, artifact_location=location, tags=KIND))
     if experiment.lifecycle_stage != "active":
         logger.warning("MLflow's experiment %s had been deleted; restored, for this run writes to it", experiment.name)
         client.restore_experiment(experiment.experiment_id)
@@ -781,6 +830,32 @@ def _name(key: str) -> str:
     if posixpath.normpath(name) != name or name.startswith("/"):
         name = name.replace("/", "_")
     return f"_{name}" if name in ("", ".") or name.startswith("..") else name
+
+
+def _about(config: dict[str, Any], attempt: Record) -> str:
+    """A run in a few lines, as its description."""
+    sources = (config.get("data") or {}).get("sources") or {}
+    whole = sum(source.get("weight", 0) for source in sources.values()) or 1
+    mixed = ", ".join(f"{name} {100 * source.get('weight', 0) / whole:.3g} %" for name, source in sources.items())
+    facts = {
+        "parameters": attempt.fields.get("parameters"), "tokens": config.get("train_tokens"),
+        "steps": attempt.fields.get("end_step"),
+    }  # fmt: skip
+    told = [f"{value:,} {name}" for name, value in facts.items() if isinstance(value, int)]
+    lines = [", ".join(told), f"Data: {mixed}" if mixed else "", f"`pretrain report {config.get('run_folder', 'RUN')}`"]
+    return mask_text("\n\n".join(filter(None, lines)))
+
+
+@contextlib.contextmanager
+def _unless_gone() -> Iterator[None]:
+    """What somebody has deleted in MLflow needs no mark."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def _text(value: Any, limit: int) -> str:

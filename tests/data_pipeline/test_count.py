@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 
 import pytest
 
 from data_pipeline import progress
-from data_pipeline.progress import Count, Elapsed
+from data_pipeline.progress import Beside, Count, Elapsed
 
 
 def test_a_line_says_how_many_how_fast_and_how_long() -> None:
@@ -43,6 +44,37 @@ def test_a_call_that_tells_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, cap
     told = len(caplog.messages)
     time.sleep(0.05)
     assert len(caplog.messages) == told
+
+
+def test_what_tells_nothing_at_all_is_timed_from_its_begin(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_S", 0.01)
+    with caplog.at_level("INFO"), Elapsed("trace of step 5", at_once=True):
+        while not caplog.messages:
+            time.sleep(0.01)
+    assert caplog.messages[0] == "trace of step 5: 0:00 so far"
+
+
+def test_copying_beside_other_work_has_a_line_a_minute_and_no_bar(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr("data_pipeline.progress.time.monotonic", lambda: float(next(clock)))
+    with caplog.at_level("INFO"):
+        beside = Beside("archiving step-5.b1", 10_000_000, progress.log)
+        for _ in range(8):
+            beside.add(1_000_000)
+    assert 1 <= len(caplog.messages) <= 4
+    assert re.fullmatch(r"archiving step-5.b1: \S+ MB of 10.0 MB, \S+ kB/s, \S+ left", caplog.messages[0])
+
+
+def test_a_rank_that_is_not_the_first_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Count(is_shown=False) as count:
+        count(1, 4, "load step-5.b1", "parameters")
+    assert terminal.getvalue() == ""
 
 
 class Terminal(io.StringIO):

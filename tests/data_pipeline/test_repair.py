@@ -69,7 +69,10 @@ def test_what_is_damaged_is_made_again_to_the_byte(here: Path) -> None:
         flip(path)
     (second / "train-00000.docs.parquet").unlink()
     assert len(damages()) == 5
-    lines = list(repair(Path("small.yaml")))
+    told: list[tuple[int, int, str, str]] = []
+    lines = list(repair(Path("small.yaml"), look=lambda *each: told.append(each)))
+    assert {title for _, _, title, _ in told} >= {"repair books: read", f"repair books: make {first.name} again"}
+    assert all(0 <= done <= of for done, of, _, _ in told)
     assert sorted(lines) == sorted(
         f"{path}: made again from its inputs" for path in [*spoilt, second / "train-00000.docs.parquet"]
     )

@@ -106,14 +106,17 @@ def begin(run: TrainRun) -> None:
     Lineage(run.run_folder).take(None, 0, None, "start")
 
 
-def commit(run: TrainRun, model: GPT, step: int, ranks: int = 2) -> Committed:
-    """Save a model as several ranks do."""
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def commit(run: TrainRun, model: GPT, step: int, ranks: int = 2, kinds: tuple[str, ...] = KINDS) -> Committed:
+    """Save a model as several ranks do; of the optimizer's state the `kinds`, the weights first."""
     named = dict(model.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in named.items()}
     facts = {"identity": run.identity(), "tokenizer": Corpora(run.data).tokenizer_sha256, "segments": 1}
     savers = [Saver(run.run_folder, Checkpoints(keep_last=9), 1, r, ranks, facts) for r in range(ranks)]
     for rank, saver in enumerate(savers):
-        flats = [{k: torch.zeros(p.numel()) for k in ("fp32", "exp_avg", "exp_avg_sq")} for p in named.values()]
+        flats = [{k: torch.zeros(p.numel()) for k in kinds} for p in named.values()]
         for flat, parameter in zip(flats, named.values(), strict=True):
             flat["fp32"].copy_(parameter.detach().flatten())
         held = [Fragment(name, 0, p.numel(), i, 0) for i, (name, p) in enumerate(named.items())]

@@ -72,3 +72,8 @@ def test_numbers_are_short() -> None:
     assert [number(n) for n in (0, 6e-4, 0.0123456, 3.14159, 9999, 12_345, 1_234_567, 3e12, -0.5)] == [
         "0", "6e-4", "0.01235", "3.142", "9999", "12.3k", "1.23M", "3T", "-0.5",
     ]  # fmt: skip
+
+
+def test_a_share_that_is_0_all_the_time_has_no_axis_below_0() -> None:
+    axis = y_axis([curve("accuracy", [1, 2], [0.0, 0.0])], percent=True)
+    assert axis.low == 0 < axis.high <= 0.011

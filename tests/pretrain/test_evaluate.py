@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 import configs
 from configs import ConfigError, build
 from data_pipeline.tokenizer import Tokenizer
-from pretrain import evaluations, examination
+from pretrain import evaluations, examination, report
 from pretrain.cli import app
 from pretrain.evaluate import Evaluation, check_tasks, import_harness, task_scores
 from pretrain.evaluations import Corpus, Score, keep, read, table
 from pretrain.export import export
+from pretrain.generate import Sampling
 from pretrain.harness import Model, _task, evaluate_task
 from pretrain.models.gpt import GPT
 from pretrain.ranks import Place, Ranks
-from pretrain.restore import opened, run_tokenizer
+from pretrain.restore import open_run, opened, run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.tasks import TASKS, Name, Shots, TaskFile, fitting, read_rows
 from pretrain.together import Abandoned, Poll
@@ -380,7 +381,9 @@ def test_two_ranks_of_zero_3_share_the_tasks_in_training(
     run = write_config(tmp_path / "run", "gpt2", f"engine={zero(3)}", "train_tokens=320")
     config = tmp_path / "run/config.yaml"
     tasks = {name: {"path": str(file.path), "rows": 5} for name, file in files.items()}
-    evaluation = {"every_steps": 4, "tokens": 500, "tasks": tasks, "shots": ["0", "1"], "tasks_every_steps": 3}
+    samples = {"prompts": ["the river", ""], "max_tokens": 9, "temperature": 0}
+    evaluation = {"every_steps": 4, "tokens": 500, "tasks": tasks, "shots": ["0", "1"], "tasks_every_steps": 3,
+                  "samples": samples}  # fmt: skip
     run = run.model_copy(update={"evaluation": build(Evaluation, evaluation, "test")})
     config.write_text(configs.dump(run))
     started = Started(config, 2, "log_every_steps=1")
@@ -396,3 +399,10 @@ def test_two_ranks_of_zero_3_share_the_tasks_in_training(
     wanted = {key: value for key, value in evaluated.metrics.items() if key.startswith("tasks/")}
     assert len(wanted) > 10 and found[5] == pytest.approx(wanted, rel=1e-3)
     assert "accuracy  lambada 0-shot" in started.text
+    texts = {r["step"]: r["texts"] for r in records if r["type"] == "samples"}
+    assert sorted(texts) == [0, 4, 5] and texts[0] != texts[5]
+    written = open_run(f"{run.run_folder}@5").write_texts(["the river", ""], Sampling(max_tokens=9, temperature=0))
+    assert [row["text"] for row in texts[5]] == [text.text for text in written]
+    assert [row["prompt"] for row in texts[5]] == ["the river", ""]
+    page = report.make([run], tmp_path / "out").read_text()
+    assert page.count("<blockquote") == 6 and "Text over time" in page

@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from pretrain.parent import find_parent, give_first_values
 from pretrain.restore import opened
 from pretrain.run import TrainRun
 from pretrain.track import Journal
-from tests.pretrain.finished_run import SHAPES, commit, finished, values, write_config
+from tests.pretrain.finished_run import SHAPES, begin, commit, finished, values, write_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -253,3 +255,37 @@ def test_any_checkpoint_of_the_run(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(back.parameters(), wanted.parameters(), strict=True))
     with pytest.raises(ConfigError, match=r"run: no checkpoint of step 15; there are: 10, 20$"):
         export(f"{run.run_folder}@15", tmp_path / "none")
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from pretrain.export import export
+
+small, large, out, file_bytes = *sys.argv[1:4], int(sys.argv[4])
+Path(out).mkdir()
+export(small, Path(out) / "small")  # all is imported now
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+def held(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = held("VmRSS")
+done = export(large, Path(out) / "large", file_bytes=file_bytes)
+print(done.files, done.bytes, held("VmHWM") - before)
+"""
+
+
+def test_memory_holds_a_file_and_not_the_model(gpt2: tuple[TrainRun, GPT], tmp_path: Path) -> None:
+    """151 MB of weights, the largest matrix 4 MiB, files of 8 MiB: held are a file, once more as it is written, and a
+    few copies of one matrix."""
+    file_bytes, matrix, whole = 8 * 2**20, 4 * 2**20, 150_000_000
+    run = write_config(tmp_path / "large", "gpt1", "model.layers=12", "model.width=512", "model.heads=8")
+    begin(run)
+    commit(run, values(run, seed=7), 10, 1, ("fp32",))
+    arguments = [str(gpt2[0].run_folder), str(run.run_folder), str(tmp_path / "out"), str(file_bytes)]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files, size, peak = map(int, done.stdout.split())
+    assert files > 15 and size > whole
+    assert peak < 2 * file_bytes + 8 * matrix < whole / 2, done.stdout

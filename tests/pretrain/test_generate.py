@@ -49,6 +49,14 @@ def test_a_prompt_longer_than_the_context_is_seen_by_its_end(model: GPT) -> None
     assert list(sample(model, prompt, GREEDY)) == list(sample(model, prompt[-16:], GREEDY))
 
 
+def test_what_all_agree_on_is_what_goes_on(model: GPT) -> None:
+    """Another rank's tokens in the place of one's own, as where they are given out by rank 0."""
+    others = list(sample(model, [3, 1, 4], GREEDY))
+    theirs = iter(others)
+    rows = sample_rows(model, [[3, 1, 4]], Sampling(max_tokens=40, seed=5), agree=lambda mine: [next(theirs)])
+    assert [token for _, token in rows] == others
+
+
 def test_a_seed_draws_the_same_tokens(model: GPT) -> None:
     def draw(seed: int) -> list[int]:
         return list(sample(model, [3], Sampling(seed=seed, max_tokens=30)))

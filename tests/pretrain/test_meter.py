@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.meter import Meter, duration, peak_flops
+from pretrain.meter import BySource, Meter, duration, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,11 @@ def test_nothing_measured_is_no_error() -> None:
 )
 def test_durations_as_people_read_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_loss_of_a_corpus_is_the_mean_over_its_targets_of_several_steps() -> None:
+    found = BySource(["alpha", "beta", "never"])
+    found.add([6.0, 1.0, 0.0], [2, 1, 0])
+    found.add([10.0, 0.0, 0.0], [2, 0, 0])
+    assert found.take() == {"train_loss/alpha": 4.0, "train_loss/beta": 1.0}
+    assert found.take() == {}

@@ -10,11 +10,11 @@ from pretrain.objectives import NextToken, Objective
 
 def test_each_token_is_the_target_of_the_place_before_it() -> None:
     tokens = torch.arange(10).view(2, 5)
-    inputs, targets, weights, documents = NextToken().batch(tokens, torch.tensor([4, 4]))
+    inputs, targets, weights, documents, losses = NextToken().batch(tokens, torch.tensor([4, 4]))
     assert inputs.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
     assert targets.tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
     assert weights.dtype == torch.float32 and weights.tolist() == [[1.0] * 4] * 2
-    assert documents is None
+    assert documents is None and losses is None
 
 
 def test_only_the_first_valid_targets_count() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,18 @@ def test_a_long_run_makes_no_long_page(tmp_path: Path) -> None:
     assert len(text) < 400_000 and "The newest 40 of 299." in text and "The newest 40 of 600." in text
 
 
+def test_a_step_of_a_long_run_is_held_in_some_hundred_bytes(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    tell(run, 1, None, 1, 3000)
+    tracemalloc.start()
+    try:
+        told = report.read(run.run_folder)
+        held = tracemalloc.get_traced_memory()[1] / 3000
+    finally:
+        tracemalloc.stop()
+    assert held < 550 and told.account is not None and told.account.seconds["train"] == 1500
+
+
 def test_the_command_prints_the_page(run: TrainRun, tmp_path: Path) -> None:
     code = "import sys; from pretrain.cli import main; main()"
     command = [sys.executable, "-c", code, "report", str(run.run_folder), "--out", str(tmp_path / "a b")]
@@ -223,6 +236,22 @@ def test_secrets_of_a_configuration_are_not_on_the_page(tmp_path: Path) -> None:
     out = report.make([planted], tmp_path / "out").parent
     for path in out.iterdir():
         assert b"Planted" not in path.read_bytes(), path
+
+
+def test_the_shots_of_a_task_are_drawn_together(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    journal = tell(run, 1, None, 1, 100)
+    for step in (50, 100):
+        metrics = {f"tasks/piqa/{shots}-shot/accuracy_whole": 0.5 + i / 10 for i, shots in enumerate(("0", "1", "few"))}
+        journal.evaluation(step, step * 640, {**metrics, "validation/alpha/loss": 4.0})
+    told = report.read(run.run_folder)
+    (plot,) = report.plots([told])[1]
+    assert (plot.title, plot.percent) == ("piqa: accuracy whole", True)
+    assert [(c.label, c.last, c.colour) for c in plot.curves] == [
+        ("0-shot", 0.5, 0), ("1-shot", 0.6, 1), ("few-shot", 0.7, 2),
+    ]  # fmt: skip
+    labels = [(c.label, c.dashed) for c in report.plots([told, told])[1][0].curves]
+    assert labels[0] == ("0-shot, small (A)", False) and labels[3] == ("0-shot, small (B)", True)
 
 
 def test_points_of_evaluations_are_in_order_of_tokens(run: TrainRun) -> None:

@@ -12,6 +12,9 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.lineage import Lineage
+from pretrain.run import load_run
+from pretrain.segments import Segments, plan_course
+from pretrain.track.journal import read_journal
 from tests.runs import TORCH, Started, final_state, losses, run_to_end, write_run, zero
 
 
@@ -29,8 +32,23 @@ def test_killed_and_resumed_is_the_same_run_to_the_last_bit(engine: str, ranks: 
     (position, state), (golden_position, golden_state) = final_state(killed), final_state(golden)
     assert position == golden_position
     assert all(torch.equal(state[name], golden_state[name]) for name in golden_state)
+    _by_corpus_adds_up(golden)
     later = losses(killed, 2)
     assert later == {step: loss for step, loss in losses(golden, 1).items() if step in later}
+
+
+def _by_corpus_adds_up(folder: Path) -> None:
+    """The training losses of the corpora, weighted by what the order has them feed, are the loss of each step."""
+    run = load_run(folder / "run")
+    course = plan_course(run, Segments(run.run_folder).read())
+    records = [r for r in read_journal(run.run_folder) if r.type == "step"]
+    assert len(records) == 40
+    for record in records:
+        start, end = (course.order.drawn(course.steps.start(step)) for step in (record.step - 1, record.step))
+        counts = {name: end[name] - start[name] for name in end if end[name] > start[name]}
+        assert {f"train_loss/{name}" for name in counts} == {n for n in record.metrics if n.startswith("train_loss/")}
+        parts = [count * record.metrics[f"train_loss/{name}"] for name, count in counts.items()]
+        assert sum(parts) / sum(counts.values()) == pytest.approx(record.metrics["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", [TORCH, zero(1)])

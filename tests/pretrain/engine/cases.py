@@ -12,7 +12,7 @@ import torch
 from configs import build
 from pretrain import checkpoint, replicas
 from pretrain.checkpoint import Checkpoints, Position, Saver
-from pretrain.engine import Engine
+from pretrain.engine import Engine, Tally
 from pretrain.engine.plain import PlainEngine, Torch
 from pretrain.engine.state import MASTER
 from pretrain.engine.zero import DeepSpeed
@@ -55,12 +55,18 @@ def batches(ranks: Ranks, step: int, micro_rows: int) -> list[Batch]:
     return [NextToken().batch(tokens.to(ranks.device), v.to(ranks.device)) for tokens, v in parts]
 
 
-def train(ranks: Ranks, engine: Engine, steps: range, micro_rows: int = 2) -> list[float]:
-    """The mean loss of each step, over all ranks."""
+def train(ranks: Ranks, engine: Engine, steps: range, micro_rows: int = 2, tallied: bool = True) -> list[float]:
+    """The mean loss of each step, over all ranks. That the losses by source add up to it is looked at on the way."""
     losses = []
     for step in steps:
-        outcome = engine.step(batches(ranks, step, micro_rows), GLOBAL_ROWS * LENGTH, OPTIM.rates((step + 1) / 4))
+        fed, tally = batches(ranks, step, micro_rows), None
+        if tallied:
+            tally = Tally(fed, (torch.arange(len(fed) * micro_rows) % 3).view(len(fed), micro_rows), 3)
+            fed = tally.batches
+        outcome = engine.step(fed, GLOBAL_ROWS * LENGTH, OPTIM.rates((step + 1) / 4), tally=tally)
         assert outcome.applied
+        if tally is not None:
+            assert abs(sum(outcome.by_source) / (GLOBAL_ROWS * LENGTH) - outcome.loss) < 1e-5 * outcome.loss
         losses.append(float(ranks.sum(torch.tensor(outcome.loss, dtype=torch.float64))))
     return losses
 
@@ -125,6 +131,15 @@ def skips_nan(ranks: Ranks, engine: Torch | DeepSpeed) -> tuple[list[bool], bool
         applied.append(live.step(fed, GLOBAL_ROWS * LENGTH, OPTIM.rates(1.0)).applied)
     finite = all(bool(v.isfinite().all()) for key, v in gathered(ranks, live).items() if key.endswith(MASTER))
     return applied, finite
+
+
+def with_and_without_tally(ranks: Ranks, engine: Torch | DeepSpeed) -> list[tuple[list[float], str]]:
+    """The losses of three steps, and a hash of the state behind them."""
+    found = []
+    for tallied in (True, False):
+        live = make(ranks, engine)
+        found.append((train(ranks, live, range(3), tallied=tallied), state_hash(ranks, live)))
+    return found
 
 
 def decays(ranks: Ranks, engine: Torch | DeepSpeed) -> list[tuple[float, float]]:

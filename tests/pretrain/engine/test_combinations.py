@@ -121,8 +121,12 @@ def test_forward_and_loss_are_one_graph(kind: Recompute, plan: LossPlan) -> None
     plan_losses(model, plan)
     expected = bits(model, batch())
     model.zero_grad()
-    got = bits(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), batch())
+    terms = torch.zeros(2, 32)
+    fed = batch()._replace(losses=terms)
+    got = bits(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager"), fed)
     assert len(expected) == len(got)
+    torch.testing.assert_close(terms.sum(), expected[0])
+    assert not terms[1, 17:].any()
     for one, other in zip(expected, got, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 

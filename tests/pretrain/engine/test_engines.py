@@ -56,6 +56,13 @@ def test_a_gradient_that_is_not_finite_is_skipped(kind: str, precision: str, sta
     assert on_ranks(tmp_path, 2, cases.skips_nan, settings)[0] == ([True, False, True], True)
 
 
+@pytest.mark.parametrize(("kind", "stage", "loss"), [("torch", 0, "chunked"), ("deepspeed", 3, "plain")])
+def test_adding_up_losses_by_source_changes_no_bit(kind: str, stage: int, loss: str, tmp_path: Path) -> None:
+    settings = cases.settings(kind, "fp32", stage, loss=loss)
+    one, other = on_ranks(tmp_path, 1, cases.with_and_without_tally, settings)[0]
+    assert one == other
+
+
 @pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)])
 def test_another_decay_in_mid_run_reaches_the_optimizer(kind: str, stage: int, tmp_path: Path) -> None:
     groups = on_ranks(tmp_path, 1, cases.decays, cases.settings(kind, "fp32", stage))[0]

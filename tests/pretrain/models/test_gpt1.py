@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from configs import CONFIGS, load
 from pretrain.models.gpt import GPT, Gpt
-from pretrain.models.weights import initialize
+from tests.pretrain.models.peers import gradients_of, with_telling_values
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,14 +41,8 @@ def under_their_names(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pair(config: Gpt) -> tuple[GPT, Any]:
-    """A model of ours with no bias left at 0 and no gain at 1, and theirs with the same values."""
-    ours = config.build().eval()
-    initialize(ours, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    """A model of ours, and theirs with the same values."""
+    ours = with_telling_values(config)
     theirs = transformers.OpenAIGPTLMHeadModel(
         transformers.OpenAIGPTConfig(
             vocab_size=config.vocab_size,
@@ -64,11 +58,6 @@ def pair(config: Gpt) -> tuple[GPT, Any]:
     assert missing == ["lm_head.weight"] and not unexpected
     theirs.tie_weights()
     return ours, theirs
-
-
-def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
 def test_logits_and_gradients_equal_theirs() -> None:

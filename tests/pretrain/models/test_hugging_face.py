@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from configs import CONFIGS, load
 from pretrain.models.gpt import GPT, Gpt
 from pretrain.models.hugging_face import from_theirs, theirs_config, to_theirs
-from pretrain.models.weights import fill, initialize
+from pretrain.models.weights import fill
+from tests.pretrain.models.peers import gradients_of, with_telling_values
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,14 +21,8 @@ SMALL = Gpt(layers=3, width=60, heads=5, context=40, vocab_size=211, mlp_ratio=3
 
 
 def pair(config: Gpt) -> tuple[GPT, Any]:
-    """A model of ours with no bias left at 0 and no gain at 1, and theirs with the same values."""
-    ours = config.build().eval()
-    initialize(ours, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    """A model of ours, and theirs with the same values."""
+    ours = with_telling_values(config)
     with torch.device("meta"):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**theirs_config(config))).eval()
     state = {name: value.detach().clone().requires_grad_() for name, value in to_theirs(ours.named_parameters())}
@@ -39,11 +34,6 @@ def pair(config: Gpt) -> tuple[GPT, Any]:
 
 def rows(config: Gpt, batch: int, length: int) -> Tensor:
     return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))
-
-
-def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])

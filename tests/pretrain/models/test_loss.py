@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pretrain.models.loss import CHUNK_BYTES, Head, LossPlan, chunked_loss, loss_plan, weighted_loss
+from pretrain.models.loss import CHUNK_BYTES, Head, LossPlan, chunked_loss, loss_plan, weighted_loss, weighted_losses
 
 C, V, T = 24, 131, 40
 
@@ -23,7 +23,11 @@ def gradients(dtype: torch.dtype, chunk: int | None) -> tuple[torch.Tensor, torc
     targets = torch.randint(V, (2, T), generator=generator)
     weights = torch.rand(2, T, generator=generator) * (torch.arange(2 * T).view(2, T) % 7 > 0)
     head.plan = LossPlan() if chunk is None else LossPlan(0, chunk * 4 * V)
-    loss = head(hidden, targets, weights) / 3
+    terms = torch.zeros(2, T)
+    loss = head(hidden, targets, weights, terms) / 3
+    with torch.no_grad():
+        logits = (hidden.float() @ head.weight.float().t()).view(-1, V)
+        torch.testing.assert_close(terms.view(-1), weighted_losses(logits, targets, weights), rtol=0.02, atol=0.02)
     loss.backward()
     assert hidden.grad is not None
     assert head.weight.grad is not None

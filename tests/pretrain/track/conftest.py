@@ -79,14 +79,16 @@ def on_database(database: Path, request: pytest.FixtureRequest) -> Place:
 
 
 class Line:
-    """The way to a server. It can be down (connections are refused), lose the answers of requests that were done,
-    answer in the server's place, or break at the n-th request."""
+    """The way to a server. It can be down (connections are refused), lose or withhold the answers of requests that
+    were done, answer in the server's place, or break at the n-th request."""
 
     def __init__(self, target: int) -> None:
         self.port = free_port()
         self.lose_answers = 0  # this many of the next answers to `log-batch` never arrive
         self.answers: list[int] = []  # HTTP codes of the next requests, which never reach the server
         self.delay_s = 0.0  # before each answer
+        self.answering = threading.Event()  # while it is not set, no answer goes out
+        self.answering.set()
         self.break_at: int | None = None  # this request and all later ones are cut off, until it is None again
         self.requests = 0
         self._target = target
@@ -127,6 +129,7 @@ class Line:
                     continue
                 server.sendall(request)
                 answer = _message(server)
+                self.answering.wait()
                 time.sleep(self.delay_s)
                 if b"/runs/log-batch" in request.split(b"\r\n", 1)[0] and self.lose_answers:
                     self.lose_answers -= 1

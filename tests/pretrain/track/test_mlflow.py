@@ -154,11 +154,16 @@ def test_steps_done_twice_are_recorded_once(place: Place, tmp_path: Path) -> Non
     assert run.data.tags["changed.lr"] == "0.001 -> 0.002 (b2, from step 5)"
     states = {name: (model.status, model.tags["longhaul.state"]) for name, model in models(config).items()}
     assert states == {
-        "step-5-b1": ("READY", "removed"),
+        "step-5-b1": ("UNSPECIFIED", "removed"),
         "step-9-b1": ("READY", "superseded"),
         "step-10-b1": ("FAILED", "failed"),
     }
     assert len(outputs(run)) == 2
+    assert run.data.tags["longhaul.end"] == "3: SIGTERM"
+    Journal(tmp_path, 3).attempt(2, 12, "resumed")
+    sync([config], tmp_path)
+    run = the_run(config)
+    assert run.info.status == "RUNNING" and "longhaul.end" not in run.data.tags
 
 
 def test_what_is_carried_late_is_the_live_lineage_only(on_database: Place, tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def test_the_aliases_follow_the_checkpoints_that_are_there(place: Place, tmp_pat
     journal.checkpoint(2, "removed", "/run/checkpoints/step-2.b1", None)
     sync([config], tmp_path / "a")
     assert alias(config, "best") == "step-3.b1"  # of those that are there
+    client = MlflowClient(config.uri)
+    marks = {
+        version.tags["step"]: (version.tags.get("longhaul.state"), version.description)
+        for version in client.search_model_versions(f"name = '{config.register_as}'")
+    }
+    assert marks["1"][0] is None and marks["3"][0] is None and marks["2"][0] == "removed"
+    assert str(marks["2"][1]).startswith("Removed by retention at 20")
+    assert str(marks["2"][1]).endswith(" UTC: /run/checkpoints/step-2.b1 is gone.")
 
     resumed = Journal(tmp_path / "a", 2)
     resumed.attempt(1, 1, "resumed")
