@@ -42,7 +42,7 @@ class Cache(Section):
     """Where a node keeps what it has read of remote shards, and how much of it."""
 
     folder: Path
-    gib: Float = Field(gt=0)
+    gib: Float = Field(gt=0)  # at most; what was used longest ago goes first
 
     def open(self) -> DiskCache:
         """Raises ConfigError where there can be no such folder."""

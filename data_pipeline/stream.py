@@ -54,22 +54,22 @@ class Source(Section):
 
     shards: Annotated[Path | str, BeforeValidator(_place)]  # a folder, s3://bucket/prefix or https://host/path
     shared_mount: Bool = False  # the folder is of another machine (Lustre, NFS): read through the cache, waited for
-    weight: Float = Field(default=1.0, ge=0)
-    max_epochs: Float | None = Field(default=None, gt=0)
+    weight: Float = Field(default=1.0, ge=0)  # share of the samples, beside those of the others
+    max_epochs: Float | None = Field(default=None, gt=0)  # how often it may be read through
     generations: Int | None = Field(default=None, gt=0)  # None: those sealed when the run began
 
 
 class Data(Section):
     """What a run trains on, and how its order is laid out. Lanes not given are chosen at the start and recorded."""
 
-    seq_tokens: Int = Field(gt=0)
-    sources: dict[str, Source] = Field(min_length=1)
-    on_exhausted: Literal["refuse", "stop", "reweight"] = "refuse"
-    lanes: Int | None = Field(default=None, gt=0, le=512)
-    group_blocks: Int = Field(default=8, gt=0)
+    seq_tokens: Int = Field(gt=0)  # of a sample
+    sources: dict[str, Source] = Field(min_length=1)  # by name; the names stand in losses, traces and amendments
+    on_exhausted: Literal["refuse", "stop", "reweight"] = "refuse"  # at max_epochs: no start, the end, or without it
+    lanes: Int | None = Field(default=None, gt=0, le=512)  # read from at once; null: chosen at the start
+    group_blocks: Int = Field(default=8, gt=0)  # blocks of a source that a lane shuffles together
     document_mask: Bool = False  # a token sees those of its own document only
-    read_threads: Int = Field(default=1, gt=0)
-    prefetch_steps: Int = Field(default=2, gt=0)
+    read_threads: Int = Field(default=1, gt=0)  # that make batches ahead
+    prefetch_steps: Int = Field(default=2, gt=0)  # batches made ahead by each of them
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
     cache: Cache | None = None  # of remote shards, on the node's own disk
     stage: Path | None = None  # a folder of the node's own disk: remote shards are copied there before the start

@@ -70,7 +70,7 @@ class Archive(Section):
     """Where copies of which checkpoints go."""
 
     to: Annotated[str, AfterValidator(_check_target)]  # a folder, or s3://... and other fsspec addresses
-    every_steps: Int = Field(gt=0)
+    every_steps: Int = Field(gt=0)  # of the checkpoints, those whose step is a multiple
     close_seconds: Float = Field(default=60.0, ge=0)  # how long the end of a run waits for what is not yet copied
 
 

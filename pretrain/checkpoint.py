@@ -61,11 +61,11 @@ class SaveError(Exception):
 class Checkpoints(Section):
     """When checkpoints are saved, and which stay."""
 
-    save_every_steps: Int = Field(default=1000, gt=0)
-    keep_last: Int = Field(default=3, gt=0)
+    save_every_steps: Int = Field(default=1000, gt=0)  # beside those at a stop and at the end
+    keep_last: Int = Field(default=3, gt=0)  # of those that verify
     keep_every_steps: Int | None = Field(default=None, gt=0)  # kept for good
     on_error: Literal["stop", "go_on"] = "stop"  # what a failed save does to the run
-    peer_timeout_s: Float = Field(default=PEER_TIMEOUT_S, gt=0)
+    peer_timeout_s: Float = Field(default=PEER_TIMEOUT_S, gt=0)  # how long a save waits for the other ranks' files
     archive: Archive | None = None  # copies elsewhere
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Evaluation(Section):
     """When and on how much validation text a run is measured, and on which tasks (`pretrain/tasks.py`)."""
 
-    every_steps: Int = Field(default=500, gt=0)
+    every_steps: Int = Field(default=500, gt=0)  # and at the end
     tokens: Int = Field(default=1_000_000, gt=0)  # per corpus, at most
     tasks: dict[Name, TaskFile] = Field(default_factory=dict)
     shots: tuple[Annotated[Shots, BeforeValidator(str)], ...] = ("0", "1", "few")

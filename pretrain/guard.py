@@ -34,9 +34,9 @@ END_TIME, KILL_WAIT = "LONGHAUL_END_TIME", "LONGHAUL_KILL_WAIT_S"  # from the la
 class Rollback(Section):
     """Going back to the last good checkpoint by itself, with the samples of the bad steps skipped from then on."""
 
-    on: tuple[Literal["nan", "spike"], ...] = ("nan", "spike")
+    on: tuple[Literal["nan", "spike"], ...] = ("nan", "spike")  # what makes a run go back
     skip_steps_before: Int = Field(default=0, ge=0)  # steps before the bad ones whose samples are skipped as well
-    skip_steps_after: Int = Field(default=0, ge=0)
+    skip_steps_after: Int = Field(default=0, ge=0)  # and after them
     at_most: Int = Field(default=3, gt=0)  # in the whole run; one more, and the run ends with exit 7
 
 
@@ -45,8 +45,8 @@ class Guard(Section):
 
     max_skipped_steps: Int = Field(default=10, gt=0)  # steps in a row whose gradient is not finite
     spike_sigmas: Float = Field(default=6.0, gt=0)  # how far loss or gradient norm lie above the steps before
-    spike_window_steps: Int = Field(default=128, ge=8)
-    rollback: Rollback | None = None
+    spike_window_steps: Int = Field(default=128, ge=8)  # steps that a spike is measured against
+    rollback: Rollback | None = None  # null: marked, not rolled back
     hang_timeout_s: Float = Field(default=600.0, gt=0)  # without progress of a rank
     start_timeout_s: Float = Field(default=1800.0, gt=0)  # the same until the first step is done, which may compile
     rendezvous_timeout_s: Float = Field(default=600.0, gt=0)  # until every rank has come

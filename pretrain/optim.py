@@ -26,10 +26,10 @@ class AdamW(Section):
 
     kind: Literal["adamw"] = "adamw"
     lr_peak: Float = Field(gt=0)  # the schedule multiplies it
-    beta1: Float = Field(0.9, ge=0, lt=1)
-    beta2: Float = Field(0.95, ge=0, lt=1)
+    beta1: Float = Field(0.9, ge=0, lt=1)  # decay of the mean of gradients
+    beta2: Float = Field(0.95, ge=0, lt=1)  # of the mean of their squares
     eps: Float = Field(1e-8, gt=0)
-    weight_decay: Float = Field(0.1, ge=0)
+    weight_decay: Float = Field(0.1, ge=0)  # of matrices and embeddings; biases and norms have none
     clip_norm: Float | None = Field(1.0, gt=0)  # of the whole gradient; null: no clipping
 
     def groups(self, model: nn.Module) -> list[Group]:

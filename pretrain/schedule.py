@@ -20,7 +20,7 @@ from configs import Float, Int, Section
 class _WarmUp(Section):
     """From 0 in a straight line to 1 at `warmup_tokens`; after that, what the schedule says."""
 
-    warmup_tokens: Int = Field(0, ge=0)
+    warmup_tokens: Int = Field(0, ge=0)  # from 0 to the peak
 
     def factor(self, tokens: int, train_tokens: int) -> float:
         """What multiplies the peak learning rate in the step that ends at `tokens` of `train_tokens`."""
@@ -47,8 +47,8 @@ class _Decay(_WarmUp):
     `decay_tokens` counts from the start of training, warm-up included; without it the decay ends with the training.
     """
 
-    decay_tokens: Int | None = Field(None, gt=0)
-    final_fraction: Float = Field(0.0, ge=0, le=1)
+    decay_tokens: Int | None = Field(None, gt=0)  # counted from the start; null: to the end of the training
+    final_fraction: Float = Field(0.0, ge=0, le=1)  # of the peak
 
     @model_validator(mode="after")
     def _warm_up_fits(self) -> _Decay:
@@ -74,7 +74,7 @@ class Cosine(_Decay):
     """Half a cosine, to a tenth of the peak as GPT-3 does (Brown et al. 2020, appendix B; SGDR, Loshchilov 2017)."""
 
     kind: Literal["cosine"] = "cosine"
-    final_fraction: Float = Field(0.1, ge=0, le=1)
+    final_fraction: Float = Field(0.1, ge=0, le=1)  # of the peak
 
     def _shape(self, progress: float) -> float:
         return (1 + math.cos(math.pi * progress)) / 2
@@ -94,8 +94,8 @@ class WarmupStableDecay(_WarmUp):
     straight line, as Hägele et al. 2024 (section 3) have it, where MiniCPM's falls exponentially."""
 
     kind: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    cooldown_tokens: Int = Field(gt=0)
-    final_fraction: Float = Field(0.0, ge=0, le=1)
+    cooldown_tokens: Int = Field(gt=0)  # the last ones of the training
+    final_fraction: Float = Field(0.0, ge=0, le=1)  # of the peak
 
     def _after(self, tokens: int, train_tokens: int) -> float:
         left = max(train_tokens - tokens, 0) / self.cooldown_tokens
@@ -113,8 +113,8 @@ class BatchRamp(Section):
     line has reached where the step begins. The line counts every sample, those that are skipped too.
     """
 
-    start_tokens: Int = Field(gt=0)
-    over_tokens: Int = Field(gt=0)
+    start_tokens: Int = Field(gt=0)  # of the first step
+    over_tokens: Int = Field(gt=0)  # until the batch is whole
     increment_tokens: Int | None = Field(None, gt=0)  # null: start_tokens
 
     def stages(self, seq_tokens: int, batch_seqs: int) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ class DeepSpeed(Computation):
     """DeepSpeed ZeRO: 1 shards optimizer state and masters, 2 gradients too, 3 the weights too; 0 shards nothing."""
 
     kind: Literal["deepspeed"] = "deepspeed"
-    zero_stage: Int = Field(default=1, ge=0, le=3)
+    zero_stage: Int = Field(default=1, ge=0, le=3)  # what is sharded over the ranks, see above
     offload: Offload = Offload()
 
     @model_validator(mode="after")

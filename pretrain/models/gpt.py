@@ -28,17 +28,17 @@ class Gpt(Section):
 
     kind: Literal["gpt"] = "gpt"
     layers: Int = Field(gt=0)
-    width: Int = Field(gt=0)
-    heads: Int = Field(gt=0)
+    width: Int = Field(gt=0)  # of the embedding and the residual stream
+    heads: Int = Field(gt=0)  # of attention, each width / heads wide
     context: Int = Field(gt=0)  # positions, the longest sequence
     vocab_size: Int = Field(gt=0)  # that of the token shards
-    mlp_ratio: Int = Field(4, gt=0)
+    mlp_ratio: Int = Field(4, gt=0)  # width of the MLP, in widths
     norm: Literal["pre", "post"] = "pre"  # before each sub-block, or after it has been added
-    attention: tuple[Literal["dense", "banded"], ...] = ("dense",)
+    attention: tuple[Literal["dense", "banded"], ...] = ("dense",)  # repeated over the layers
     band: Int | None = Field(None, gt=0)  # tokens that a position of a banded layer sees, itself included
-    bias: Bool = True
+    bias: Bool = True  # of linear layers and norms
     tied: Bool = True  # the output layer is the token embedding
-    dropout: Float = Field(0.0, ge=0, lt=1)
+    dropout: Float = Field(0.0, ge=0, lt=1)  # of embeddings, attention and residuals
     layer_norm_eps: Float = Field(1e-5, gt=0)
 
     @model_validator(mode="after")
