@@ -90,7 +90,7 @@ def measure(folder: Path, run: TrainRun) -> tuple[list[str], str]:
         lambda found: f"{len(found[0].sightings)} samples",
     )  # fmt: skip
     corpora, generations = Corpora(run.data), {"web": 1}
-    for count in (1, 1000, 10_000):
+    for count in (1, 1000, 50_000):
         ids = folder / f"{count}.txt"
         ids.write_text("".join(f"other/{n * (DOCUMENTS // count)}\n" for n in range(count)))
         taken = timed(

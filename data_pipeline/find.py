@@ -302,7 +302,9 @@ def _many_ordinals(
     index = np.load(io.BytesIO(data), allow_pickle=False)
     begin = np.searchsorted(index["hash"], hashes)
     end = np.searchsorted(index["hash"], hashes, side="right")
-    return np.array([n for b, e in zip(begin, end, strict=True) for n in index["ordinal"][b:e].tolist()], np.int64)
+    here = begin < end  # nearly none, where many are sought in many slices
+    parts = [index["ordinal"][b:e] for b, e in zip(begin[here].tolist(), end[here].tolist(), strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
 
 
 def _entries(shards: Shards, shard: int, ordinals: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
