@@ -46,6 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import configs
 from benchmarks.step import nanogpt_model
 from pretrain.engine.plain import Torch
+from pretrain.engine.tally import Tally
 from pretrain.engine.zero import DeepSpeed
 from pretrain.memory import GIB, Shape, step_memory
 from pretrain.meter import peak_flops
@@ -298,7 +299,13 @@ def _ours(case: Case, gpt: Gpt, ranks: Ranks) -> Callable[[], object]:
     rows = torch.randint(gpt.vocab_size, (case.rows, gpt.context + 1), device=ranks.device)
     batch = NextToken().batch(rows, torch.full((case.rows,), gpt.context, device=ranks.device))
     count = case.rows * gpt.context * case.micro_batches
-    return lambda: engine.step([batch] * case.micro_batches, count, optim.rates(1.0))
+
+    def step() -> None:
+        sources = torch.zeros(case.micro_batches, case.rows, dtype=torch.int64, device=ranks.device)
+        tally = Tally([batch] * case.micro_batches, sources, 1)  # as in a run
+        engine.step(tally.batches, count, optim.rates(1.0), tally=tally)
+
+    return step
 
 
 def _nanogpt(case: Case, gpt: Gpt, path: Path | None, ranks: Ranks) -> Callable[[], object]:

@@ -32,6 +32,7 @@ MANIFEST = "MANIFEST.json"
 FIRST = "lineage/1.json"
 MOST_WAITING = 2  # checkpoints that are kept on disk only because they are not archived yet
 READ_BYTES = 4 * 2**20
+PART_BYTES, MOST_PARTS = 10 * 2**20, 9_000  # of an upload; S3 takes 10,000 parts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0  # between two tries
 
 
@@ -87,7 +88,8 @@ class Store:
         from fsspec.implementations.local import LocalFileSystem
 
         self.address = address
-        if address.startswith("s3://"):
+        self.is_s3 = address.startswith("s3://")
+        if self.is_s3:
             self.fs, self.root = _s3(), address.removeprefix("s3://")
         else:
             self.fs, self.root = url_to_fs(address)
@@ -175,7 +177,7 @@ class Store:
         digest = xxhash.xxh3_128()
         if self.is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as file, self._create(target) as copy:
+        with source.open("rb") as file, self._create(target, source.stat().st_size) as copy:
             while chunk := file.read(READ_BYTES):
                 digest.update(chunk)
                 copy.write(chunk)
@@ -185,8 +187,10 @@ class Store:
                 os.fsync(copy.fileno())
         return digest.hexdigest()
 
-    def _create(self, target: str) -> Any:
-        return Path(target).open("wb") if self.is_local else self.fs.open(target, "wb")
+    def _create(self, target: str, size: int) -> Any:
+        if self.is_local:
+            return Path(target).open("wb")
+        return self.fs.open(target, "wb", **({"buffer_size": part_bytes(size)} if self.is_s3 else {}))
 
     def _hash(self, path: str, progress: Beside) -> str:
         digest = xxhash.xxh3_128()
@@ -206,14 +210,27 @@ class Store:
 
 
 def bring_home(address: str, target: Path) -> None:
-    """Copy the checkpoint at an address to its place in a run. Raises ConfigError."""
+    """Copy the checkpoint at an address to its place in a run. Raises ConfigError; ArchiveError when it is away."""
     parent, _, name = address.rstrip("/").rpartition("/")
     try:
         Store(parent).bring(name, target)
     except FileNotFoundError:
         raise ConfigError(f"resume: {address}: no such checkpoint") from None
-    except (ArchiveError, ImportError, ValueError) as error:
-        raise ConfigError(f"resume: {address}: {error}") from None
+    except Exception as error:  # of whichever store it is
+        mistakes = (ArchiveError, ImportError, ValueError, PermissionError)
+        if isinstance(error, mistakes) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+            raise ConfigError(f"resume: {address}: {said(error)}") from None
+        raise ArchiveError(f"resume: {address}: {said(error)}") from None
+
+
+def part_bytes(size: int) -> int:
+    """Of an upload of so many bytes to S3."""
+    return max(PART_BYTES, -(-size // MOST_PARTS))
+
+
+def said(error: Exception) -> str:
+    """What went wrong, in one line: obstore's errors have a page of their insides below it."""
+    return " ".join(str(error).partition("Debug source")[0].split())[:500] or type(error).__name__
 
 
 class Archiver:
@@ -282,7 +299,7 @@ class Archiver:
                     self._drop(folder)
                     continue
                 if pause == self.pause_s:
-                    log.warning("archive %s: %s; tried again until it works", self.archive.to, error)
+                    log.warning("archive %s: %s; tried again until it works", self.archive.to, said(error))
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -253,6 +253,11 @@ class Attempt:
                 self._before_batch,
                 self._is_asked_to_stop,
             )
+            seconds = time.perf_counter() - begun
+            if self.journal is not None and metrics:
+                self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
+                losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
+                log.info("step %d  validation loss  %s", self.position.step, losses)
             texts = self._write_samples()
         except Abandoned:
             self._say("evaluation left unfinished: asked to stop")
@@ -262,10 +267,6 @@ class Attempt:
         self.ledger.add("evaluate", seconds)
         if self.journal is not None and texts:
             self.journal.samples(self.position.step, self.position.tokens, texts)
-        if self.journal is not None and metrics:
-            self.journal.evaluation(self.position.step, self.position.tokens, metrics, seconds)
-            losses = "  ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in metrics.items() if k.endswith("/loss"))
-            log.info("step %d  validation loss  %s", self.position.step, losses)
         return True
 
     def _write_samples(self) -> list[dict[str, str]]:

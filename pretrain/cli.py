@@ -359,6 +359,7 @@ def explain(error: Exception) -> int:
     if isinstance(error, ConfigError):
         return _fail(error, 2)
     from data_pipeline.shards import ShardError
+    from pretrain.archive import ArchiveError
     from pretrain.checkpoint import SaveError
     from pretrain.lineage import TakenOver
     from pretrain.preflight import PreflightError
@@ -371,7 +372,7 @@ def explain(error: Exception) -> int:
         return _fail(error, 6)
     if isinstance(error, PreflightError):  # every rank's alike
         return _fail(error, 1, is_said=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0")
-    if isinstance(error, ShardError | SaveError | AbsentRanks):
+    if isinstance(error, ShardError | SaveError | ArchiveError | AbsentRanks):
         return _fail(error, 1)
     import traceback
 

@@ -72,6 +72,9 @@ def tried(run: TrainRun, ranks: Ranks, engine: Engine, build: Callable[[], Engin
             if not fits:
                 trial.failed()
             all_fit = all(ranks.gather(fits))
+            if not all_fit and ranks.device.type == "cuda":
+                torch.cuda.synchronize()  # a collective that one rank alone began waits for ever: found here, in time
+                ranks.barrier()
         if all_fit:
             low = middle
         else:

@@ -33,8 +33,11 @@ class Sampling(Section):
         logits = logits.detach().float().cpu()
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+        likeliest = logits.argmax(dim=-1)
+        shares = keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p).softmax(dim=-1)
+        sound = shares.isfinite().all(dim=-1)  # not where fp16 has overflowed
+        drawn = torch.multinomial(shares.where(sound[:, None], 1.0), 1, generator=generator).squeeze(-1)
+        return drawn.where(sound, likeliest)
 
 
 def keep_top_k(logits: Tensor, top_k: int | None) -> Tensor:

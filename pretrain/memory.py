@@ -82,7 +82,9 @@ def held_matrix(model: Model, kind: str, seq_tokens: int) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or this machine had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("out of memory", "can't allocate memory")  # CUDA, NCCL and Triton have no class of their own for it
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in said for text in words)
 
 
 def used_bytes(device: torch.device) -> int:
@@ -218,7 +220,8 @@ def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles:
     if chunk >= tokens:
         aligned = 1 if loss.multiple > 1 else 2  # the compiler pads a copy where we have not padded
         per_logit = aligned * width if compiles else 12  # eager: logarithms of softmax, and two gradients, in fp32
-        return float(tokens * shape.vocabulary * per_logit)
+        padding = 2 * width * shape.embedding if shape.vocabulary % loss.multiple else 0  # a copy and its gradient
+        return float(tokens * shape.vocabulary * per_logit + padding)
     head, hidden = shape.embedding, tokens * shape.width * width
     per_logit = 12 if width == 2 else 8  # of one chunk and of the one before it
     forward = chunk * shape.vocabulary * per_logit + SUM * head

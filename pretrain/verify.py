@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.proof import stretch_digests
 from pretrain import checkpoint
-from pretrain.archive import open_archive
+from pretrain.archive import open_archive, said
 from pretrain.checkpoint import Committed, Damaged, Position
 from pretrain.lineage import Lineage
 from pretrain.run import TrainRun
@@ -115,7 +115,7 @@ def _archived(run: TrainRun) -> set[str] | None:
     try:
         return set(open_archive(run.checkpoint.archive, run.run_folder).names())
     except Exception as error:  # of whichever store it is
-        print(f"archive {run.checkpoint.archive.to}: {error}", file=sys.stderr)
+        print(f"archive {run.checkpoint.archive.to}: {said(error)}", file=sys.stderr)
         return None
 
 

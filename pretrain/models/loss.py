@@ -68,7 +68,7 @@ class Head(nn.Linear):
         tokens = targets.numel()
         chunk = self.plan.chunk_tokens(tokens, self.out_features)
         if chunk >= tokens or self.bias is not None:
-            padded = self.plan.multiple > 1 and self.bias is None
+            padded = self.out_features % self.plan.multiple != 0 and self.bias is None
             logits = padded_product(x, self.weight, self.plan.multiple) if padded else super().forward(x)
             terms = weighted_losses(logits, targets, weights)
             loss = terms.sum()

@@ -579,7 +579,8 @@ class _Session:
             name, number = version["name"], str(version["version"])
             text = f"Removed by retention at {at}: {model.params['path']} is gone."
             with _unless_gone():
-                self.client.update_model_version(name, number, text)
+                if not self.client.get_model_version(name, number).description:  # a person's words stay
+                    self.client.update_model_version(name, number, text)
                 self.client.set_model_version_tag(name, number, STATE, "removed")
         if "removed" not in model.params:
             self.client.log_model_params(model.model_id, {"removed": at})

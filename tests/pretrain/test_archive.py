@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 
 from configs import ConfigError, build
 from data_pipeline.failpoints import VARIABLE
+from data_pipeline.sources import remote
 from pretrain import checkpoint
-from pretrain.archive import Archive, ArchiveError, Archiver, Store, open_archive
+from pretrain.archive import Archive, ArchiveError, Archiver, Store, bring_home, open_archive, part_bytes
 from pretrain.checkpoint import Checkpoints, Position, Saver
 from pretrain.cli import app
 from pretrain.lineage import Lineage
-from tests.data_pipeline.servers import moto
+from tests.data_pipeline.servers import KEY, moto
 from tests.pretrain.test_checkpoint import commit, make_state
 from tests.runs import TORCH, Started, final_state, run_to_end, write_run
 
@@ -291,3 +293,17 @@ def test_verify_reads_the_data_again(tmp_path: Path) -> None:
     code, text = verify(tmp_path / "run", "--deep")
     assert code == 1 and re.match(r"step-20.b1: the data from step 10 on: \S+/alpha/\S+: ", text)
     assert "\nstep-10.b1: the data from step 0 on: " in text and "\nstep-0.b1: whole" in text
+
+
+def test_a_store_that_is_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**KEY, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():  # nobody listens there
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "PATIENCE", replace(remote.PATIENCE, attempts=1, wait_s=0.01))
+    with pytest.raises(ArchiveError, match=r"^resume: s3://archive/run/checkpoints/step-4.b1: .{20,500}$") as caught:
+        bring_home("s3://archive/run/checkpoints/step-4.b1", tmp_path / "home")
+    assert "\n" not in str(caught.value) and "Debug" not in str(caught.value)
+
+
+def test_a_large_file_goes_to_s3_in_parts_that_s3_takes() -> None:
+    for gib in (0, 1, 98, 4000):
+        assert -(-gib * 2**30 // part_bytes(gib * 2**30)) <= 10_000

@@ -90,6 +90,14 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert kept(keep_top_p(logits, 0.9)) == [[True, True, True], [True, False, False]]
 
 
+def test_a_row_that_is_not_finite_ends_nothing() -> None:
+    """As an fp16 forward that overflows gives it, in the midst of a training run."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [torch.nan, 1.0, 2.0], [0.0, torch.inf, 2.0]])
+    for sampling in (Sampling(), Sampling(top_k=2, top_p=0.5), GREEDY):
+        chosen = sampling.choose(logits, torch.Generator().manual_seed(1))
+        assert chosen.shape == (3,) and 0 <= int(chosen.min()) <= int(chosen.max()) < 3
+
+
 def test_one_token_left_to_choose_from_is_greedy(model: GPT) -> None:
     greedy = list(sample(model, [3], GREEDY))
     assert list(sample(model, [3], Sampling(top_k=1, max_tokens=40))) == greedy
