@@ -96,9 +96,9 @@ def test_keys_are_the_same_in_every_state(run: RunFolder) -> None:
         assert json.loads(json.dumps(tree)) == tree
 
 
-def test_readme_names_every_key_state_and_part() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.partition("## Watching and stopping runs")[2].partition("\n## ")[0]
+def test_the_page_names_every_key_state_and_part() -> None:
+    page = (Path(__file__).parents[2] / "docs/running.md").read_text()
+    section = page.partition("## Watching and stopping")[2].partition("\n## ")[0]
     words = set(re.findall(r"\w+", section))
     assert {*KEYS, *STATES, *PARTS} - words == set()
 
