@@ -34,7 +34,8 @@ class Poll:
 
 
 class Together:
-    """Takes batches on every rank, none before all have theirs: so all can stop while one waits for its storage.
+    """Takes the batches of one reading on every rank, none before all have theirs: so all can stop while one waits for
+    its storage.
 
     Whether the next batch is there is told when the one before it is taken, so where storage keeps up nobody waits for
     what is told.
