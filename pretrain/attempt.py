@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -33,7 +32,6 @@ from pretrain.noise import Noise
 from pretrain.optim import Rates
 from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
-from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.samples import write_samples
 from pretrain.segments import Course
@@ -85,6 +83,7 @@ class Attempt:
     evaluated: bool  # this position has been, by an older attempt
     guard_state: dict[str, Any]  # as the checkpoint had it
     save_s: float | None = None  # what the last save took, from begin to commit; known to rank 0
+    tokenizer: Tokenizer | None = None  # of the corpora, where evaluations in training need it
     ended: Ending | None = None
     digest_share: int = 0  # of what this rank has fed in this attempt
     ledger: Ledger = field(default_factory=Ledger)
@@ -108,11 +107,6 @@ class Attempt:
         """Where this attempt ends at the latest."""
         wanted = self.run.stop_at_step
         return self.course.end_step if wanted is None else min(wanted, self.course.end_step)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """That of the run's corpora. Raises ConfigError."""
-        return run_tokenizer(self.run)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +268,7 @@ class Attempt:
         wanted = self.run.evaluation.samples
         if wanted is None:
             return []
+        assert self.tokenizer is not None
         poll, model = Poll(self.ranks, self._before_batch), self.engine.module
         with measuring(model):
             return write_samples(cast(GPT, model), self.tokenizer, wanted, self.ranks, poll)
@@ -281,6 +276,7 @@ class Attempt:
     def evaluate_tasks(self) -> bool:
         """Measure the scores of the tasks; False where that was left unfinished, the ranks asked to stop."""
         begun, settings = time.perf_counter(), self.run.evaluation
+        assert self.tokenizer is not None
         try:
             scores = task_scores(
                 self.engine.module, self.tokenizer, self.run.model.context, settings.tasks, settings.shots,

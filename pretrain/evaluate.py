@@ -38,6 +38,11 @@ class Evaluation(Section):
     tasks_every_steps: Int | None = Field(default=None, gt=0)  # in training; default: only by `pretrain evaluate`
     samples: Samples | None = None  # texts that are written every `every_steps`; null: none
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether a run tokenizes while it trains."""
+        return self.samples is not None or self.tasks_every_steps is not None
+
 
 class Measured(Protocol):
     """What is asked of a model to be measured: an engine, or a model alone."""

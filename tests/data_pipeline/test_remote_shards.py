@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
+from data_pipeline.summary import folder_tokenizer
 from tests.corpora import make_corpus
 from tests.data_pipeline.servers import Server, forget, moto
 
@@ -206,6 +208,14 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
     assert not isinstance(e.value, DamagedBlock)
     with pytest.raises(Unreachable, match=r"^data.sources.alpha.shards: http://127.*, after 3 attempts; run the same "):
         Corpora(data_of(f"{server.address}/a"))  # no mistake of the configuration: a launcher starts it again
+    manifest = Manifest.open(corpus)
+    manifest = replace(manifest, files=files_of(f"{server.address}/a"))
+    server.faults["/tokenizer.json"] = ["503*"]
+    with pytest.raises(Unreachable, match=r"/tokenizer.json: .*, after 3 attempts; run the same command again"):
+        folder_tokenizer(manifest)
+    server.faults["/tokenizer.json"] = ["404*"]
+    with pytest.raises(ConfigError, match=r"/tokenizer.json: no such tokenizer file$"):
+        folder_tokenizer(manifest)
     for path in server.files:
         server.faults[path] = ["404*"]
     with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):

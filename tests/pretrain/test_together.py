@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.blocks import Block
+from data_pipeline.files import Folder
 from data_pipeline.shards import Shards
 from data_pipeline.stream import Corpora, Validation
 from pretrain.evaluate import validation_losses
 from pretrain.objectives import Batch, NextToken
 from pretrain.ranks import Place, Ranks
+from pretrain.restore import same_tokenizer
+from pretrain.run import load_run
 from pretrain.together import Abandoned
 from tests.pretrain.finished_run import write_config
+from tests.processes import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +71,18 @@ def test_a_signal_is_heard_while_the_second_corpus_is_waited_for(alone: Ranks, t
     corpora = {"alpha": first, "beta": second}
     with pytest.raises(Abandoned):
         validation_losses(Losses(), NextToken(), corpora, alone, 4, asked_while_waiting=asked)
+
+
+def tokenizer_on(ranks: Ranks, config: str) -> str:
+    corpora = Corpora(load_run(Path(config)).data)
+    if ranks.rank == 1:  # which sees its storage no more
+        corpora.manifests = {
+            name: replace(each, files=Folder(Path("/none/x"))) for name, each in corpora.manifests.items()
+        }
+    return same_tokenizer(corpora, ranks).sha256
+
+
+def test_a_rank_without_its_storage_has_the_tokenizer_that_rank_0_has(tmp_path: Path) -> None:
+    run = write_config(tmp_path)
+    first, second = on_ranks(tmp_path, 2, tokenizer_on, str(tmp_path / "config.yaml"))
+    assert first == second == Corpora(run.data).tokenizer_sha256
