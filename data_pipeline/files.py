@@ -63,6 +63,10 @@ class Missing(Unreadable):
     """A file that is not there."""
 
 
+class Outage(Unreadable):
+    """Bytes that could not be had now: storage that is away. Any other Unreadable is for somebody to mend."""
+
+
 class Damaged(Exception):
     """Bytes that are there, and are not those that were written. `data` is what was read."""
 
@@ -218,7 +222,7 @@ class Folder(_Checked):
     def _refusal(self, name: str, error: OSError) -> Unreadable:
         if error.errno == errno.ENOENT:
             return Missing(f"{self.folder / name}: missing")
-        return Unreadable(f"{self.folder / name}: {error.strerror}")
+        return (Outage if error.errno in LATE else Unreadable)(f"{self.folder / name}: {error.strerror}")
 
 
 class _Descriptor:
@@ -253,12 +257,14 @@ class Remote(_Checked):
 
     def _asked(self, name: str, ask: Callable[[], T]) -> T:
         from data_pipeline.sources.inputs import InputError
-        from data_pipeline.sources.remote import Gone
+        from data_pipeline.sources.remote import Gone, Unanswered
 
         try:
             return ask()
         except Gone:
             raise Missing(f"{self.address}/{name}: missing") from None
+        except Unanswered as error:
+            raise Outage(str(error)) from None
         except InputError as error:
             raise Unreadable(str(error)) from None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs import ConfigError, load
 from data_pipeline import shards
-from data_pipeline.files import Missing, Unreadable, files_of, is_remote
+from data_pipeline.files import Missing, Outage, Unreadable, files_of, is_remote
 from data_pipeline.made_once import TOKENIZER
 from data_pipeline.plan import PLAN
 from data_pipeline.preparation import Preparation
@@ -107,8 +107,10 @@ def tokenizer_file(manifest: Manifest) -> bytes:
         return manifest.beside(TOKENIZER)
     except Missing:
         raise ConfigError(f"{manifest.name_beside(TOKENIZER)}: no such tokenizer file") from None
-    except Unreadable as error:
+    except Outage as error:
         raise Unreachable(str(error)) from None
+    except Unreadable as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_tokenizer(manifest: Manifest, data: bytes) -> Tokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import threading
@@ -27,7 +29,7 @@ from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
 from data_pipeline.summary import folder_tokenizer
 from tests.corpora import make_corpus
-from tests.data_pipeline.servers import Server, forget, moto
+from tests.data_pipeline.servers import KEY, Server, forget, moto
 
 T = 128
 STEPS = 8
@@ -216,10 +218,52 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
     server.faults["/tokenizer.json"] = ["404*"]
     with pytest.raises(ConfigError, match=r"/tokenizer.json: no such tokenizer file$"):
         folder_tokenizer(manifest)
+    server.faults["/tokenizer.json"] = ["403*"]
+    with pytest.raises(ConfigError, match=r"its server refuses it \(HTTP 403\)"):
+        folder_tokenizer(manifest)
     for path in server.files:
         server.faults[path] = ["404*"]
     with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):
         list(stream.batches(0, STEPS))
+
+
+@pytest.mark.parametrize("fault", ["401*", "403*", "418*", "whole*"])
+def test_a_mistake_that_lasts_is_no_outage(fault: str, corpus: Path, server: Server) -> None:
+    """Nor is it taken for one in mid-run: a launcher need not start again what only its user can mend."""
+    stream = stream_of(data_of(f"{server.address}/a"))
+    for path in server.files:
+        server.faults[path] = [fault]
+    with pytest.raises(ShardError) as error:
+        stream.batch(0)
+    assert not isinstance(error.value, Unreachable)
+    if fault != "whole*":  # which serves a small file all the same
+        with pytest.raises(ConfigError, match=r"^data\.sources\.alpha\.shards: http://127.*HTTP 4"):
+            Corpora(data_of(f"{server.address}/a"))
+
+
+@pytest.mark.parametrize(("status", "passes"), [("503", True), ("429", True), ("403", False), ("418", False)])
+def test_a_store_that_is_away_is_told_from_one_that_refuses(
+    status: str, passes: bool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {**KEY, "AWS_ENDPOINT_URL": server.address}.items():
+        monkeypatch.setenv(key, value)
+    server.files["/a/MANIFEST.json"], server.faults["/a/MANIFEST.json"] = b"{}", [f"{status}*"]
+    with pytest.raises(ShardError) as error:
+        Manifest.read(files_of("s3://a"))
+    assert isinstance(error.value, Unreachable) == passes
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EACCES, False), (errno.EIO, True), (errno.ESTALE, True)])
+def test_a_folder_that_may_not_be_read_is_no_outage(
+    number: int, passes: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(ShardError) as error:
+        Manifest.read(Folder(corpus, 0.1))
+    assert isinstance(error.value, Unreachable) == passes
 
 
 def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
@@ -371,9 +415,6 @@ def test_what_a_mount_never_shows_is_no_damage(corpus: Path, tmp_path: Path, mon
 
 
 def test_a_stale_handle_is_opened_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
     folder, times = Folder(corpus, 5.0), 0
     shards = Manifest.read(folder).shards("train", 0)
     good, pread = shards.read(0), os.pread
