@@ -73,7 +73,7 @@ class Start:
 
 
 def examine(run: TrainRun) -> Start:
-    """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
+    """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError, Unreachable."""
     check_tasks(run.evaluation)
     if run.evaluation.needs_tokenizer:
         run_tokenizer(run)  # where there is none, it is said before anything begins
