@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs import ConfigError
+from data_pipeline.files import Stopped
 from data_pipeline.shards import ShardError, Unreachable
 from data_pipeline.stage import Staging
 from data_pipeline.stream import open_source
@@ -27,6 +28,8 @@ def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watch
         staging = _begin(run)
     except (ConfigError, ShardError) as refusal:
         error = _told(refusal)
+    except Stopped:
+        pass  # asked to stop, as the others are now told
     while True:
         waiting = staging is not None and not staging.done(timeout_s=1.0)
         told = ranks.sum(torch.tensor([float(waiting), float(stop.exit_code() is not None)])).tolist()

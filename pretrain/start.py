@@ -118,7 +118,7 @@ def begin(
     watchdog.beat("start", 0)
     examined = run if before is None else run.model_copy(update={"resume": "must"})
     start: Start = ranks.first(lambda: _open_run(examined))
-    course = plan_course(run, start.records)
+    course = ranks.each(lambda: plan_course(run, start.records))  # which reads manifests, each rank its own
     tokenizer = None if before is None else before.tokenizer
     if before is None:
         if run.evaluation.needs_tokenizer:  # now: storage that is away later would be missed by one rank alone

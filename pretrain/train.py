@@ -55,7 +55,7 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             attempt = begin(run, ranks, stop, watchdog, startup, attempt)
         return code
     except files.Stopped:
-        code = stop.exit_code() or guard.STOPPED  # of rank 0's, where this one was not asked
+        together, code = True, stop.exit_code() or guard.STOPPED  # another's, where this one was not asked
         log.info("stopped while it waited for its shards, before a step (exit %d)", code)
         return code
     except Exception as error:
