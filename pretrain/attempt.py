@@ -97,6 +97,7 @@ class Attempt:
         self.stragglers = Stragglers(self.ranks.size, self.run.guard.slow_rank_factor)
         self.first_step = self.position.step
         self.save_error = ""
+        self._data_s = 0.0  # of the wait for the last batch, what this rank's own storage took
         self._targets: tuple[int, ...] = ()  # of this rank in the step just made, by source
         self.profiler = Profiler(self.run.profile, self.run.run_folder / "profile", self.ranks.rank, self.engine.timer)
         self._local: dict[str, float] = {}
@@ -119,7 +120,9 @@ class Attempt:
         with self.stream.reading(self.position.step, self.last_step) as reading:
             for _ in range(self.position.step, self.last_step):
                 begun = time.perf_counter()
-                yield together.take(reading), time.perf_counter() - begun
+                batch = together.take(reading)
+                self._data_s = together.own_s
+                yield batch, time.perf_counter() - begun
 
     def step(self, batch: Batch, count: int, rates: Rates) -> Outcome:
         """One update from a batch of which `count` targets count over all ranks."""
@@ -181,7 +184,7 @@ class Attempt:
         needed = 2 * (self.save_s or 0.0) + 2 * (seconds + waited)
         code = self.stop.exit_code(needed)
         notice = Notice(
-            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, waited + outcome.forward_s,
+            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, self._data_s + outcome.forward_s,
             outcome.by_source or (0.0,) * len(self._targets), self._targets, code,
             code is not None and self.stop.left_s() < (self.save_s or 0.0), taken_over,
             error is not None and not taken_over and self.run.checkpoint.on_error == "stop",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data_pipeline.ahead import Reading
 from data_pipeline.blocks import Block
 from data_pipeline.files import Folder
 from data_pipeline.shards import Shards
@@ -22,7 +25,7 @@ from pretrain.objectives import Batch, NextToken
 from pretrain.ranks import Place, Ranks
 from pretrain.restore import same_tokenizer
 from pretrain.run import load_run
-from pretrain.together import Abandoned
+from pretrain.together import Abandoned, Together
 from tests.pretrain.finished_run import write_config
 from tests.processes import on_ranks
 
@@ -86,3 +89,18 @@ def test_a_rank_without_its_storage_has_the_tokenizer_that_rank_0_has(tmp_path: 
     run = write_config(tmp_path)
     first, second = on_ranks(tmp_path, 2, tokenizer_on, str(tmp_path / "config.yaml"))
     assert first == second == Corpora(run.data).tokenizer_sha256
+
+
+def own_seconds(ranks: Ranks) -> float:
+    """Of two batches, which come slowly on rank 1."""
+    together, own_s = Together(ranks, lambda: False), 0.0
+    with Reading((partial(time.sleep, 0.6 * ranks.rank) for _ in range(2)), 1, 1, "test") as reading:
+        for _ in range(2):
+            together.take(reading)
+            own_s += together.own_s
+    return own_s
+
+
+def test_a_rank_that_waits_for_another_s_batch_does_not_count_it_as_its_own(tmp_path: Path) -> None:
+    quick, slow = on_ranks(tmp_path, 2, own_seconds)
+    assert quick < slow / 2
