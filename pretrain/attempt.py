@@ -57,6 +57,7 @@ class Ending:
     bad_steps: tuple[int, int] | None = None
 
 
+OUT_OF_TIME = "stopped without a save, for which the time left is too short"
 STOPS = {
     guard.STOPPED: Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True),
     guard.INTERRUPTED: Ending(guard.INTERRUPTED, "interrupted and saved", saves=True),
@@ -212,8 +213,11 @@ class Attempt:
 
     def asked_to_stop(self) -> Ending:
         """The end that a rank was asked for while all evaluated, or one waited for its batch."""
-        codes = self.ranks.gather(self.stop.exit_code())
-        return STOPS[guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED]
+        is_late = self.stop.left_s() < (self.save_s or 0.0)
+        codes, late = zip(*self.ranks.gather((self.stop.exit_code(), is_late)), strict=True)
+        code = guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED
+        needs_save = self.saver.last_step != self.position.step
+        return Ending(code, OUT_OF_TIME) if needs_save and any(late) else STOPS[code]
 
     def _asked(self, reading: Reading) -> Ending | None:
         """The end that signals, the clock, a failed save or another attempt ask for."""
@@ -224,7 +228,7 @@ class Attempt:
         if reading.exit_code == guard.FAILED:
             return Ending(guard.FAILED, self.save_error or "a checkpoint could not be saved")
         if reading.out_of_time:
-            return Ending(reading.exit_code, "stopped without a save, for which the time left is too short")
+            return Ending(reading.exit_code, OUT_OF_TIME)
         return STOPS[reading.exit_code]
 
     def _give_up(self, kind: str, bad: tuple[int, int], why: str) -> Ending:

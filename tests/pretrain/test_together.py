@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +23,9 @@ from data_pipeline.blocks import Block
 from data_pipeline.files import Folder
 from data_pipeline.shards import Shards
 from data_pipeline.stream import Corpora, Validation
+from pretrain.attempt import Attempt
 from pretrain.evaluate import validation_losses
+from pretrain.guard import KILL_WAIT, STOPPED, StopSignals
 from pretrain.objectives import Batch, NextToken
 from pretrain.ranks import Place, Ranks
 from pretrain.restore import same_tokenizer
@@ -104,3 +109,27 @@ def own_seconds(ranks: Ranks) -> float:
 def test_a_rank_that_waits_for_another_s_batch_does_not_count_it_as_its_own(tmp_path: Path) -> None:
     quick, slow = on_ranks(tmp_path, 2, own_seconds)
     assert quick < slow / 2
+
+
+@pytest.mark.parametrize(
+    ("kill_wait", "save_s", "saved_at", "saves"),
+    [("30", 5.0, 3, True), ("30", 60.0, 3, False), ("30", 60.0, 4, True), ("30", None, None, True)],
+)
+def test_a_stop_in_a_wait_begins_no_save_that_cannot_end(
+    kill_wait: str, save_s: float | None, saved_at: int | None, saves: bool, alone: Ranks
+) -> None:
+    """At step 4. Where that is saved already there is nothing to begin."""
+    handlers = {number: signal.getsignal(number) for number in StopSignals.SIGNALS}
+    try:
+        stop = StopSignals({KILL_WAIT: kill_wait})
+        os.kill(os.getpid(), signal.SIGTERM)
+        attempt = SimpleNamespace(
+            ranks=alone, stop=stop, save_s=save_s, position=SimpleNamespace(step=4),
+            saver=SimpleNamespace(last_step=saved_at),
+        )  # fmt: skip
+        ending = Attempt.asked_to_stop(cast(Attempt, attempt))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (ending.exit_code, ending.saves) == (STOPPED, saves)
+    assert saves or ending.why == "stopped without a save, for which the time left is too short"
