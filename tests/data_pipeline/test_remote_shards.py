@@ -19,6 +19,7 @@ import pytest
 
 from configs import ConfigError, build
 from data_pipeline import files
+from data_pipeline.blocks import Block, OpenBlocks
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
 from data_pipeline.order import Order, Segment, Skips, Steps
@@ -292,6 +293,21 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server
     stream.open_blocks.shards[0].read = die  # type: ignore[method-assign]
     with pytest.raises(SystemExit, match="killed at"):
         list(stream.batches(0, STEPS))
+
+
+def test_what_one_thread_has_promised_is_there_though_it_fails_to_look_ahead(corpus: Path, server: Server) -> None:
+    """Others wait for it without end."""
+    here, far = (Manifest.read(files_of(place)).shards("train", 0) for place in (corpus, f"{server.address}/a"))
+    blocks = OpenBlocks([here, far], 8)
+
+    def steps() -> Iterator[list[tuple[int, int]]]:
+        raise MemoryError("no room to look ahead")
+        yield []
+
+    with blocks.ahead(steps()):
+        with pytest.raises(MemoryError):
+            blocks.take([(0, 0), (0, 1)])
+        assert all(isinstance(blocks.blocks[0, number], Block) for number in (0, 1))
 
 
 @pytest.mark.parametrize(
