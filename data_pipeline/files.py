@@ -13,6 +13,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -53,6 +55,29 @@ def wait(seconds: float) -> None:
         if threading.current_thread() is threading.main_thread() and any(when() for when in _asked):
             raise Stopped
         time.sleep(min(left, LOOK_S))
+
+
+def watched(call: Callable[[], T]) -> T:
+    """What `call` gives, made in a thread of its own where this is the main thread within `stopping`.
+
+    Raises Stopped, and leaves the call behind: a request that nobody answers returns late, and a library that asks
+    again by itself returns never in between.
+    """
+    if not _asked or threading.current_thread() is not threading.main_thread():
+        return call()
+    result: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=make, daemon=True, name="longhaul-open").start()
+    while futures.wait([result], LOOK_S).not_done:
+        if any(when() for when in _asked):
+            raise Stopped
+    return result.result()
 
 
 class Unreadable(Exception):

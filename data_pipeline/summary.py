@@ -8,7 +8,7 @@ from pathlib import Path
 
 from configs import ConfigError, load
 from data_pipeline import shards
-from data_pipeline.files import Missing, Outage, Unreadable, files_of, is_remote
+from data_pipeline.files import Missing, Outage, Unreadable, files_of, is_remote, watched
 from data_pipeline.made_once import TOKENIZER
 from data_pipeline.plan import PLAN
 from data_pipeline.preparation import Preparation
@@ -104,7 +104,7 @@ def folder_tokenizer(manifest: Manifest) -> Tokenizer:
 def tokenizer_file(manifest: Manifest) -> bytes:
     """What the file of that tokenizer holds. Raises ConfigError when it is not there; Unreachable."""
     try:
-        return manifest.beside(TOKENIZER)
+        return watched(lambda: manifest.beside(TOKENIZER))
     except Missing:
         raise ConfigError(f"{manifest.name_beside(TOKENIZER)}: no such tokenizer file") from None
     except Outage as error:

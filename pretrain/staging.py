@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from configs import ConfigError
-from data_pipeline.files import Stopped
+from data_pipeline.files import Stopped, watched
 from data_pipeline.shards import ShardError, Unreachable
 from data_pipeline.stage import Staging
 from data_pipeline.stream import open_source
@@ -63,7 +65,7 @@ def _begin(run: TrainRun) -> Staging:
     elsewhere = data.model_copy(update={"stage": None})
     corpora = []
     for name, source in data.sources.items():
-        manifest = open_source(source, elsewhere)
+        manifest = watched(partial(open_source, source, elsewhere))
         if manifest.files.is_far:
             known = records[-1].generations.get(name) if records else None
             corpora.append((manifest, known or source.generations or len(manifest.generations)))

@@ -283,6 +283,19 @@ def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
     assert time.monotonic() - begun < 15  # the server holds a body for 30 s
 
 
+@pytest.mark.parametrize("place", ["{address}/a", "s3://a"])
+def test_a_start_hears_a_signal_while_a_request_is_silent(
+    place: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only between two attempts, of which a library makes its own out of hearing."""
+    monkeypatch.setattr(remote, "PATIENCE", Patience(attempts=1, wait_s=0.01, silence_s=4, range_s=6))
+    for key, value in {**KEY, "AWS_ENDPOINT_URL": server.address}.items():
+        monkeypatch.setenv(key, value)
+    server.faults["/a/MANIFEST.json"] = ["stall*"]
+    with files.stopping(lambda: bool(server.requests)), pytest.raises(files.Stopped):
+        Corpora(data_of(place.format(address=server.address)))
+
+
 def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server) -> None:
     """Whatever ends a fetching thread's work, the step that needs the block says so."""
     stream = stream_of(data_of(f"{server.address}/a"))
