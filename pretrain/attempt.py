@@ -44,6 +44,8 @@ from pretrain.watchdog import Watchdog
 log = logging.getLogger("pretrain")
 
 MOST_DOCUMENTS = 1000  # whose ids a record of the journal holds
+NAMES_S = 60.0  # for finding them, at most
+HURRIED_S = 2.0  # the same where the process is asked to stop
 CLOSE_S = 10.0  # for the trackers to end, when the process was asked to stop
 
 
@@ -510,10 +512,19 @@ class Attempt:
         order, steps = self.course.order, self.course.steps
         numbers = np.arange(steps.start(step), steps.start(step + 1))
         samples = np.concatenate([cut(numbers, order.lanes, rank, self.ranks.size) for rank in ranks])
+        samples = np.sort(samples)[:MOST_DOCUMENTS]  # each has one at least
+        begun, longest = time.monotonic(), min(NAMES_S, self.run.guard.hang_timeout_s / 4)  # the other ranks wait
+
+        def look() -> None:
+            if time.monotonic() - begun > (longest if self.stop.received is None else HURRIED_S):
+                raise ShardError(
+                    f"step {step + 1}: no time to name its documents; use pretrain trace --step {step + 1}"
+                )
+
         shards: list[Shards] = []
         try:
             shards = self.course.corpora.shards(order.pools)  # of its own: others read in threads
-            return documents_of(order, shards, np.sort(samples), self.run.data.seq_tokens)
+            return documents_of(order, shards, samples, self.run.data.seq_tokens, look)
         except (ShardError, OSError) as error:
             log.warning("%s", error)
             return []

@@ -29,6 +29,7 @@ from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
 from data_pipeline.summary import folder_tokenizer
+from data_pipeline.trace import documents_of
 from tests.corpora import make_corpus
 from tests.data_pipeline.servers import KEY, Server, forget, moto
 
@@ -294,6 +295,30 @@ def test_a_start_hears_a_signal_while_a_request_is_silent(
     server.faults["/a/MANIFEST.json"] = ["stall*"]
     with files.stopping(lambda: bool(server.requests)), pytest.raises(files.Stopped):
         Corpora(data_of(place.format(address=server.address)))
+
+
+def test_documents_are_named_by_one_look_at_a_block_and_no_longer_than_wanted(corpus: Path, server: Server) -> None:
+    here, far = stream_of(data_of(corpus)), stream_of(data_of(f"{server.address}/a"))
+    samples = np.arange(80)
+    server.requests.clear()
+    looks: list[int] = []
+    found = documents_of(far.order, far.open_blocks.shards, samples, T, lambda: looks.append(1))
+    assert found == documents_of(here.order, here.open_blocks.shards, samples, T) and looks
+    blocks = block_requests(server)
+    assert len(blocks) <= 2 * len(set(far.order.locate(samples).block.tolist()))  # its own, and that behind it
+
+    class Enough(Exception):
+        pass
+
+    def look() -> None:
+        if len(server.requests) > before:
+            raise Enough
+
+    for path in server.files:
+        server.faults[path] = ["stall*"]
+    before = len(server.requests)
+    with pytest.raises(Enough):
+        documents_of(far.order, far.open_blocks.shards, samples, T, look)
 
 
 def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server) -> None:
