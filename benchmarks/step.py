@@ -166,9 +166,12 @@ def nanogpt_model(path: Path, gpt: Gpt, vocabulary: int) -> nn.Module:
     return model
 
 
-def nanogpt(path: Path, gpt: Gpt, fed: list[Batch]) -> Step:
-    """nanoGPT's model and loss in the bare loop."""
+def nanogpt(path: Path, gpt: Gpt, fed: list[Batch], gelu: str = "none") -> Step:
+    """nanoGPT's model and loss in the bare loop. Its GELU is the exact one (none); GPT-2's own, and ours, is tanh's."""
     model = nanogpt_model(path, gpt, gpt.vocab_size)
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = gelu
     return bare(model, lambda b: model(b.inputs, b.targets)[1], fed)
 
 
@@ -381,6 +384,7 @@ def alone(options: argparse.Namespace) -> str:
         }
         if options.nanogpt:
             subjects["nanoGPT"] = nanogpt(options.nanogpt, gpt, fed)
+            subjects["nanoGPT, with GPT-2's GELU"] = nanogpt(options.nanogpt, gpt, fed, "tanh")
         if options.litgpt:
             subjects["litGPT"] = litgpt(options.litgpt, gpt, fed)
         return table(interleaved(subjects, options.rounds), ROWS * gpt.context, "torch engine")

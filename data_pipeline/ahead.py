@@ -38,8 +38,8 @@ class Reading(Generic[T]):
             try:
                 return next_one.result(timeout=1.0)  # less work than `wait`
             except TimeoutError:
-                if next_one.done():  # its own
-                    raise
+                if next_one.done():  # its own, or it has come just now
+                    return next_one.result()
                 if self._is_over:
                     raise CancelledError from None
 

@@ -59,14 +59,16 @@ class OpenBlocks:
     def take(self, keys: Sequence[Key]) -> list[Block | Future[Block]]:
         """Blocks, or promises of them that `result` waits for. Raises CancelledError where the reading has ended."""
         mine: list[tuple[Key, _Own]] = []
-        with self.lock:
-            if self.ended:
-                raise CancelledError
-            found = [self._take(key, mine) for key in keys]
-            if self.fetchers is not None:
-                self._go_ahead(self.fetchers)
-        for key, promise in mine:
-            self._keep(key, promise)
+        try:
+            with self.lock:
+                if self.ended:
+                    raise CancelledError
+                found = [self._take(key, mine) for key in keys]
+                if self.fetchers is not None:
+                    self._go_ahead(self.fetchers)
+        finally:  # others may wait for what was promised, whatever went wrong since
+            for key, promise in mine:
+                self._keep(key, promise)
         return found
 
     def result(self, key: Key, promise: Future[Block]) -> Block:

@@ -13,6 +13,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -55,12 +57,39 @@ def wait(seconds: float) -> None:
         time.sleep(min(left, LOOK_S))
 
 
+def watched(call: Callable[[], T]) -> T:
+    """What `call` gives, made in a thread of its own where this is the main thread within `stopping`.
+
+    Raises Stopped, and leaves the call behind: a request that nobody answers returns late, and a library that asks
+    again by itself returns never in between.
+    """
+    if not _asked or threading.current_thread() is not threading.main_thread():
+        return call()
+    result: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=make, daemon=True, name="longhaul-open").start()
+    while futures.wait([result], LOOK_S).not_done:
+        if any(when() for when in _asked):
+            raise Stopped
+    return result.result()
+
+
 class Unreadable(Exception):
     """Bytes that could not be had, however long they were waited for. One line."""
 
 
 class Missing(Unreadable):
     """A file that is not there."""
+
+
+class Outage(Unreadable):
+    """Bytes that could not be had now: storage that is away. Any other Unreadable is for somebody to mend."""
 
 
 class Damaged(Exception):
@@ -218,7 +247,7 @@ class Folder(_Checked):
     def _refusal(self, name: str, error: OSError) -> Unreadable:
         if error.errno == errno.ENOENT:
             return Missing(f"{self.folder / name}: missing")
-        return Unreadable(f"{self.folder / name}: {error.strerror}")
+        return (Outage if error.errno in LATE else Unreadable)(f"{self.folder / name}: {error.strerror}")
 
 
 class _Descriptor:
@@ -253,12 +282,14 @@ class Remote(_Checked):
 
     def _asked(self, name: str, ask: Callable[[], T]) -> T:
         from data_pipeline.sources.inputs import InputError
-        from data_pipeline.sources.remote import Gone
+        from data_pipeline.sources.remote import Gone, Unanswered
 
         try:
             return ask()
         except Gone:
             raise Missing(f"{self.address}/{name}: missing") from None
+        except Unanswered as error:
+            raise Outage(str(error)) from None
         except InputError as error:
             raise Unreadable(str(error)) from None
 

@@ -42,7 +42,7 @@ from configs import ConfigError, canonical_json
 from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Damaged, Files, Folder, Missing, Unreadable, files_of, is_remote
+from data_pipeline.files import Damaged, Files, Folder, Missing, Outage, Unreadable, files_of, is_remote
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -60,6 +60,11 @@ class ShardError(Exception):
 
 class Unreachable(ShardError):
     """Bytes that could not be had, however long they were waited for: an outage, and nobody's mistake."""
+
+
+def unread(error: Unreadable) -> ShardError:
+    """What stopped a read, said of shards: Unreachable in an outage alone, which a start after it may find over."""
+    return (Unreachable if isinstance(error, Outage) else ShardError)(str(error))
 
 
 class DamagedBlock(ShardError):
@@ -575,7 +580,7 @@ def _head(files: Files) -> dict[str, Any]:
     except Missing:
         raise ShardError(f"{files.address}: no {MANIFEST}: not a corpus, or not finished; run data-prep run") from None
     except Unreadable as error:
-        raise Unreachable(str(error)) from None
+        raise unread(error) from None
     try:
         head = json.loads(data.decode("utf-8"))
         version, claimed = head["format"], head["sha256"]
@@ -597,7 +602,7 @@ def _table_of(files: Files, head: dict[str, Any]) -> bytes:
     except Missing:
         raise _MissingTable(f"{path}: missing, but {MANIFEST} names it; run data-prep run again") from None
     except Unreadable as error:
-        raise Unreachable(str(error)) from None
+        raise unread(error) from None
 
 
 def _head_bytes(head: dict[str, Any]) -> bytes:
@@ -783,8 +788,9 @@ class Shards:
         """A read that failed, in one line: damage with shard and place, and the command that repairs it."""
         if isinstance(error, Missing):
             return ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify")
-        if not isinstance(error, Damaged):
-            return Unreachable(str(error))
+        if isinstance(error, Unreadable):
+            return unread(error)
+        assert isinstance(error, Damaged)
         slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
         how = "damaged" if entry is None else self._damage(error.data, entry)
         line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"

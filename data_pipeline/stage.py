@@ -23,10 +23,10 @@ import xxhash
 from configs import ConfigError
 from data_pipeline.disk import writing
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Check, Damaged, Files, Folder, Unreadable
+from data_pipeline.files import Check, Damaged, Files, Folder, Outage, Unreadable
 from data_pipeline.lease import Lease
 from data_pipeline.progress import Beside, size
-from data_pipeline.shards import SPLITS, Manifest, ShardError, Unreachable, sync_folder
+from data_pipeline.shards import SPLITS, Manifest, ShardError, sync_folder, unread
 
 log = logging.getLogger("pretrain")
 
@@ -207,7 +207,7 @@ def _copy(file: _File, progress: Beside, is_over: Callable[[], bool]) -> None:
                 fail_at("stage.copied")
                 return
         except Unreadable as error:
-            raise Unreachable(str(error)) from None
+            raise unread(error) from None
         if is_over():
             return
         file.part.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ def _fetched(file: _File, progress: Beside, is_over: Callable[[], bool]) -> str:
             if len(data) < PIECE_BYTES:
                 break
         if file.bytes > at and not is_over():  # a mount that shows it later, or a copy that was cut short
-            raise Unreadable(f"{file.files.address}/{file.name}: {at} bytes, expected {file.bytes}; try again")
+            raise Outage(f"{file.files.address}/{file.name}: {at} bytes, expected {file.bytes}; try again")
         part.flush()
         os.fsync(part.fileno())
     return digest.hexdigest()

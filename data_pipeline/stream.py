@@ -28,7 +28,7 @@ from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.ahead import Reading
 from data_pipeline.blocks import Block, OpenBlocks
 from data_pipeline.cache import Cache, Cached
-from data_pipeline.files import files_of, is_remote
+from data_pipeline.files import files_of, is_remote, watched
 from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
 from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens, Unreachable
 from data_pipeline.stage import staged
@@ -116,7 +116,7 @@ class Corpora:
 
     def _open(self, name: str, source: Source) -> Manifest:
         try:
-            manifest = open_source(source, self.data)
+            manifest = watched(lambda: open_source(source, self.data))
         except Unreachable as error:  # the same command is to be run again, as a launcher does
             raise Unreachable(f"data.sources.{name}.shards: {error}") from None
         except ShardError as error:

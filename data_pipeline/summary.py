@@ -8,11 +8,11 @@ from pathlib import Path
 
 from configs import ConfigError, load
 from data_pipeline import shards
-from data_pipeline.files import Missing, Unreadable, files_of, is_remote
+from data_pipeline.files import Missing, Outage, Unreadable, files_of, is_remote, watched
 from data_pipeline.made_once import TOKENIZER
 from data_pipeline.plan import PLAN
 from data_pipeline.preparation import Preparation
-from data_pipeline.shards import Manifest
+from data_pipeline.shards import Manifest, ShardError, Unreachable
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -92,19 +92,30 @@ def verified(folder: Path, look: Callable[[int, int], None] = lambda *_: None) -
     if not damages:
         try:
             folder_tokenizer(Manifest.open(folder))
-        except ConfigError as error:
+        except (ConfigError, ShardError) as error:
             yield str(error)
 
 
 def folder_tokenizer(manifest: Manifest) -> Tokenizer:
-    """The tokenizer that a corpus was made with. Raises ConfigError when it is not there, or another."""
-    path = manifest.name_beside(TOKENIZER)
+    """The tokenizer that a corpus was made with. Raises ConfigError when it is not there, or another; Unreachable."""
+    return read_tokenizer(manifest, tokenizer_file(manifest))
+
+
+def tokenizer_file(manifest: Manifest) -> bytes:
+    """What the file of that tokenizer holds. Raises ConfigError when it is not there; Unreachable."""
     try:
-        data = manifest.beside(TOKENIZER)
+        return watched(lambda: manifest.beside(TOKENIZER))
     except Missing:
-        raise ConfigError(f"{path}: no such tokenizer file") from None
+        raise ConfigError(f"{manifest.name_beside(TOKENIZER)}: no such tokenizer file") from None
+    except Outage as error:
+        raise Unreachable(str(error)) from None
     except Unreadable as error:
         raise ConfigError(str(error)) from None
+
+
+def read_tokenizer(manifest: Manifest, data: bytes) -> Tokenizer:
+    """The tokenizer of a corpus from what its file holds. Raises ConfigError where it is none, or another."""
+    path = manifest.name_beside(TOKENIZER)
     tokenizer = Tokenizer.read(data, path)
     if tokenizer.sha256 != manifest.head["tokenizer_sha256"]:
         raise ConfigError(f"{path}: not the tokenizer of {manifest.address} (sha256 differs); restore it")

@@ -25,7 +25,7 @@ ATTEMPT = "LONGHAUL_ATTEMPT"  # in the environment of every rank: the n of its l
 
 
 class LaunchError(Exception):
-    """A run could not be reached. The message is one line."""
+    """A run, or what it trains on, could not be reached. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,19 @@ class Job:
 
 
 def load_job(path: Path, overrides: Sequence[str]) -> Job:
-    """The job of a run's config, or of a run folder: checked against its shards and its past. Raises ConfigError."""
+    """The job of a run's config, or of a run folder: checked against its shards and its past.
+
+    Raises ConfigError, and LaunchError where the shards cannot be had now.
+    """
+    from data_pipeline.shards import ShardError
     from pretrain.run import load_run
     from pretrain.start import examine
 
     run = load_run(path, list(overrides))
-    examine(run)  # what would otherwise be found when the job at last starts
+    try:
+        examine(run)  # what would otherwise be found when the job at last starts
+    except ShardError as error:  # an outage, as Corpora tells the rest as ConfigError
+        raise LaunchError(str(error)) from None
     folder = next_folder(run.run_folder / "submissions", "")
     command = ("-u", "-m", "pretrain.cli", "train", str(folder / "run.yaml"))
     return Job(run.name, run.run_folder, folder, configs.dump(run), command)

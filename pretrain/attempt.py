@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -33,7 +32,6 @@ from pretrain.noise import Noise
 from pretrain.optim import Rates
 from pretrain.profile import Profiler
 from pretrain.ranks import Ranks
-from pretrain.restore import run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.samples import write_samples
 from pretrain.segments import Course
@@ -46,6 +44,8 @@ from pretrain.watchdog import Watchdog
 log = logging.getLogger("pretrain")
 
 MOST_DOCUMENTS = 1000  # whose ids a record of the journal holds
+NAMES_S = 60.0  # for finding them, at most
+HURRIED_S = 2.0  # the same where the process is asked to stop
 CLOSE_S = 10.0  # for the trackers to end, when the process was asked to stop
 
 
@@ -59,6 +59,7 @@ class Ending:
     bad_steps: tuple[int, int] | None = None
 
 
+OUT_OF_TIME = "stopped without a save, for which the time left is too short"
 STOPS = {
     guard.STOPPED: Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True),
     guard.INTERRUPTED: Ending(guard.INTERRUPTED, "interrupted and saved", saves=True),
@@ -85,6 +86,7 @@ class Attempt:
     evaluated: bool  # this position has been, by an older attempt
     guard_state: dict[str, Any]  # as the checkpoint had it
     save_s: float | None = None  # what the last save took, from begin to commit; known to rank 0
+    tokenizer: Tokenizer | None = None  # of the corpora, where evaluations in training need it
     ended: Ending | None = None
     digest_share: int = 0  # of what this rank has fed in this attempt
     ledger: Ledger = field(default_factory=Ledger)
@@ -98,6 +100,7 @@ class Attempt:
         self.stragglers = Stragglers(self.ranks.size, self.run.guard.slow_rank_factor)
         self.first_step = self.position.step
         self.save_error = ""
+        self._data_s = 0.0  # of the wait for the last batch, what this rank's own storage took
         self._targets: tuple[int, ...] = ()  # of this rank in the step just made, by source
         self.profiler = Profiler(self.run.profile, self.run.run_folder / "profile", self.ranks.rank, self.engine.timer)
         self._local: dict[str, float] = {}
@@ -108,11 +111,6 @@ class Attempt:
         """Where this attempt ends at the latest."""
         wanted = self.run.stop_at_step
         return self.course.end_step if wanted is None else min(wanted, self.course.end_step)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """That of the run's corpora. Raises ConfigError."""
-        return run_tokenizer(self.run)
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -125,7 +123,9 @@ class Attempt:
         with self.stream.reading(self.position.step, self.last_step) as reading:
             for _ in range(self.position.step, self.last_step):
                 begun = time.perf_counter()
-                yield together.take(reading), time.perf_counter() - begun
+                batch = together.take(reading)
+                self._data_s = together.own_s
+                yield batch, time.perf_counter() - begun
 
     def step(self, batch: Batch, count: int, rates: Rates) -> Outcome:
         """One update from a batch of which `count` targets count over all ranks."""
@@ -187,7 +187,7 @@ class Attempt:
         needed = 2 * (self.save_s or 0.0) + 2 * (seconds + waited)
         code = self.stop.exit_code(needed)
         notice = Notice(
-            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, waited + outcome.forward_s,
+            outcome.loss, outcome.grad_norm, outcome.applied, self.digest_share, self._data_s + outcome.forward_s,
             outcome.by_source or (0.0,) * len(self._targets), self._targets, code,
             code is not None and self.stop.left_s() < (self.save_s or 0.0), taken_over,
             error is not None and not taken_over and self.run.checkpoint.on_error == "stop",
@@ -215,8 +215,11 @@ class Attempt:
 
     def asked_to_stop(self) -> Ending:
         """The end that a rank was asked for while all evaluated, or one waited for its batch."""
-        codes = self.ranks.gather(self.stop.exit_code())
-        return STOPS[guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED]
+        is_late = self.stop.left_s() < (self.save_s or 0.0)
+        codes, late = zip(*self.ranks.gather((self.stop.exit_code(), is_late)), strict=True)
+        code = guard.INTERRUPTED if guard.INTERRUPTED in codes else guard.STOPPED
+        needs_save = self.saver.last_step != self.position.step
+        return Ending(code, OUT_OF_TIME) if needs_save and any(late) else STOPS[code]
 
     def _asked(self, reading: Reading) -> Ending | None:
         """The end that signals, the clock, a failed save or another attempt ask for."""
@@ -227,7 +230,7 @@ class Attempt:
         if reading.exit_code == guard.FAILED:
             return Ending(guard.FAILED, self.save_error or "a checkpoint could not be saved")
         if reading.out_of_time:
-            return Ending(reading.exit_code, "stopped without a save, for which the time left is too short")
+            return Ending(reading.exit_code, OUT_OF_TIME)
         return STOPS[reading.exit_code]
 
     def _give_up(self, kind: str, bad: tuple[int, int], why: str) -> Ending:
@@ -274,6 +277,7 @@ class Attempt:
         wanted = self.run.evaluation.samples
         if wanted is None:
             return []
+        assert self.tokenizer is not None
         poll, model = Poll(self.ranks, self._before_batch), self.engine.module
         with measuring(model):
             return write_samples(cast(GPT, model), self.tokenizer, wanted, self.ranks, poll)
@@ -281,6 +285,7 @@ class Attempt:
     def evaluate_tasks(self) -> bool:
         """Measure the scores of the tasks; False where that was left unfinished, the ranks asked to stop."""
         begun, settings = time.perf_counter(), self.run.evaluation
+        assert self.tokenizer is not None
         try:
             scores = task_scores(
                 self.engine.module, self.tokenizer, self.run.model.context, settings.tasks, settings.shots,
@@ -507,10 +512,19 @@ class Attempt:
         order, steps = self.course.order, self.course.steps
         numbers = np.arange(steps.start(step), steps.start(step + 1))
         samples = np.concatenate([cut(numbers, order.lanes, rank, self.ranks.size) for rank in ranks])
+        samples = np.sort(samples)[:MOST_DOCUMENTS]  # each has one at least
+        begun, longest = time.monotonic(), min(NAMES_S, self.run.guard.hang_timeout_s / 4)  # the other ranks wait
+
+        def look() -> None:
+            if time.monotonic() - begun > (longest if self.stop.received is None else HURRIED_S):
+                raise ShardError(
+                    f"step {step + 1}: no time to name its documents; use pretrain trace --step {step + 1}"
+                )
+
         shards: list[Shards] = []
         try:
             shards = self.course.corpora.shards(order.pools)  # of its own: others read in threads
-            return documents_of(order, shards, np.sort(samples), self.run.data.seq_tokens)
+            return documents_of(order, shards, samples, self.run.data.seq_tokens, look)
         except (ShardError, OSError) as error:
             log.warning("%s", error)
             return []

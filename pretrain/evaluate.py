@@ -38,6 +38,11 @@ class Evaluation(Section):
     tasks_every_steps: Int | None = Field(default=None, gt=0)  # in training; default: only by `pretrain evaluate`
     samples: Samples | None = None  # texts that are written every `every_steps`; null: none
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether a run tokenizes while it trains."""
+        return self.samples is not None or self.tasks_every_steps is not None
+
 
 class Measured(Protocol):
     """What is asked of a model to be measured: an engine, or a model alone."""
@@ -75,9 +80,9 @@ def validation_losses(
     `asked_to_stop` is called before each batch; when it is true on any rank, Abandoned is raised on all of them a
     batch later. So it is where `asked_while_waiting` is true while a rank waits for its storage.
     """
-    poll, together = Poll(ranks, asked_to_stop), Together(ranks, asked_while_waiting)
+    poll = Poll(ranks, asked_to_stop)
     with measuring(engine.module):
-        return _losses(engine, objective, corpora, ranks, rows, poll, together)
+        return _losses(engine, objective, corpora, ranks, rows, poll, asked_while_waiting)
 
 
 @contextlib.contextmanager
@@ -98,11 +103,12 @@ def _losses(
     ranks: Ranks,
     rows: int,
     poll: Poll,
-    together: Together,
+    asked_while_waiting: Callable[[], bool],
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, validation in corpora.items():
         total = torch.zeros((), dtype=torch.float64)
+        together = Together(ranks, asked_while_waiting)  # one of the corpus before would know nothing of this reading
         with validation.reading(rows, ranks.rank, ranks.size) as reading:
             for _ in range(validation.batch_count(rows, ranks.size)):
                 poll()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from configs import ConfigError
+from data_pipeline.files import Stopped
 
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT_S = 600.0
@@ -167,6 +168,22 @@ class Ranks:
             vars(error)["said_by_rank_0"] = self.rank != 0  # once is enough
             raise error
         return result
+
+    def each(self, function: Callable[[], T]) -> T:
+        """What `function` gives on this rank; where it raises on any, every rank raises the same, Stopped before all
+        else."""
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+        errors = [found for found in self.gather(error) if found is not None]
+        if errors:
+            failure = next((found for found in errors if isinstance(found, Stopped)), errors[0])
+            vars(failure)["said_by_rank_0"] = self.rank != 0
+            raise failure
+        return cast(T, result)
 
     def tell(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -17,6 +17,7 @@ from pretrain.checkpoint import Committed, Damaged
 from pretrain.generate import Sampling, Text, write_rows
 from pretrain.models.gpt import GPT
 from pretrain.models.weights import fill
+from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
 
 
@@ -93,7 +94,15 @@ def load_weights(model: GPT, committed: Committed) -> None:
 
 
 def run_tokenizer(run: TrainRun) -> Tokenizer:
-    """The tokenizer of a run's corpora. Raises ConfigError."""
+    """The tokenizer of a run's corpora. Raises ConfigError, and Unreachable."""
     from data_pipeline.summary import folder_tokenizer  # here: it imports every source of text
 
     return folder_tokenizer(next(iter(Corpora(run.data).manifests.values())))
+
+
+def same_tokenizer(corpora: Corpora, ranks: Ranks) -> Tokenizer:
+    """The same on every rank, read by rank 0: so that all have it, or none. Raises ConfigError, and Unreachable."""
+    from data_pipeline.summary import read_tokenizer, tokenizer_file
+
+    manifest = next(iter(corpora.manifests.values()))
+    return read_tokenizer(manifest, ranks.first(lambda: tokenizer_file(manifest)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from configs import ConfigError
+from data_pipeline.files import Stopped, watched
 from data_pipeline.shards import ShardError, Unreachable
 from data_pipeline.stage import Staging
 from data_pipeline.stream import open_source
@@ -27,6 +30,8 @@ def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watch
         staging = _begin(run)
     except (ConfigError, ShardError) as refusal:
         error = _told(refusal)
+    except Stopped:
+        pass  # asked to stop, as the others are now told
     while True:
         waiting = staging is not None and not staging.done(timeout_s=1.0)
         told = ranks.sum(torch.tensor([float(waiting), float(stop.exit_code() is not None)])).tolist()
@@ -60,7 +65,7 @@ def _begin(run: TrainRun) -> Staging:
     elsewhere = data.model_copy(update={"stage": None})
     corpora = []
     for name, source in data.sources.items():
-        manifest = open_source(source, elsewhere)
+        manifest = watched(partial(open_source, source, elsewhere))
         if manifest.files.is_far:
             known = records[-1].generations.get(name) if records else None
             corpora.append((manifest, known or source.generations or len(manifest.generations)))

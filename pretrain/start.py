@@ -41,7 +41,7 @@ from pretrain.parent import (
     load_fork,
 )  # fmt: skip
 from pretrain.ranks import Ranks
-from pretrain.restore import run_tokenizer
+from pretrain.restore import run_tokenizer, same_tokenizer
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, advice, plan_course
 from pretrain.suspects import ATTEMPT
@@ -73,9 +73,9 @@ class Start:
 
 
 def examine(run: TrainRun) -> Start:
-    """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError."""
+    """Is there a run, is it this one, and from where may it go on? Writes nothing. Raises ConfigError, Unreachable."""
     check_tasks(run.evaluation)
-    if run.evaluation.samples is not None:
+    if run.evaluation.needs_tokenizer:
         run_tokenizer(run)  # where there is none, it is said before anything begins
     folder = run.run_folder
     begun = Lineage(folder).highest() > 0
@@ -118,8 +118,11 @@ def begin(
     watchdog.beat("start", 0)
     examined = run if before is None else run.model_copy(update={"resume": "must"})
     start: Start = ranks.first(lambda: _open_run(examined))
-    course = plan_course(run, start.records)
+    course = ranks.each(lambda: plan_course(run, start.records))  # which reads manifests, each rank its own
+    tokenizer = None if before is None else before.tokenizer
     if before is None:
+        if run.evaluation.needs_tokenizer:  # now: storage that is away later would be missed by one rank alone
+            tokenizer = same_tokenizer(course.corpora, ranks)
         run.preflight.check(ranks, run.run_folder)
         startup.mark("preflight")
         run, engine = _build(run, ranks, start.parent)
@@ -173,6 +176,7 @@ def begin(
         Saver(run.run_folder, run.checkpoint, branch, ranks.rank, ranks.size, facts), journal, trackers, position,
         Meter(run.model.flops_per_token(run.data.seq_tokens), None if peak is None else peak * ranks.size),
         past.evaluated, chosen.manifest.get("state", {}).get("guard", {}) if chosen else {}, past.save_s,
+        tokenizer,
     )  # fmt: skip
     for line in advice(course) if start.fresh else ():
         attempt.note("order", line)

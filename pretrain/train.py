@@ -46,17 +46,25 @@ def train(run: TrainRun, stop: StopSignals) -> int:
     watchdog = Watchdog(ranks, run.run_folder, run.guard.start_timeout_s, run.guard.hang_timeout_s)
     attempt: Attempt | None = None
     together = False  # every rank raises the same
+
+    def is_asked() -> bool:
+        return stop.exit_code() is not None
+
     try:
-        with files.stopping(lambda: stop.exit_code() is not None):
+        with files.stopping(is_asked):
             if (stopped := stage_shards(run, ranks, stop, watchdog)) is not None:
                 return stopped
             attempt = begin(run, ranks, stop, watchdog, startup)
         while (code := _trained(attempt)) and roll_back(attempt):
-            attempt = begin(run, ranks, stop, watchdog, startup, attempt)
+            with files.stopping(is_asked):
+                attempt = begin(run, ranks, stop, watchdog, startup, attempt)
         return code
     except files.Stopped:
-        code = stop.exit_code() or guard.STOPPED  # of rank 0's, where this one was not asked
-        log.info("stopped while it waited for its shards, before a step (exit %d)", code)
+        together, code = True, stop.exit_code() or guard.STOPPED  # another's, where this one was not asked
+        why = "stopped while it waited for its shards, before a step"
+        log.info("%s (exit %d)", why, code)
+        if attempt is not None:  # that a rollback has ended
+            attempt.finish(code, why)
         return code
     except Exception as error:
         together = "said_by_rank_0" in vars(error) or isinstance(error, PreflightError)

@@ -14,6 +14,7 @@ import functools
 import ipaddress
 import os
 import random
+import re
 import socket
 import time
 import urllib.parse
@@ -75,6 +76,10 @@ class Gone(InputError):
     """An object that is not there."""
 
 
+class Unanswered(InputError):
+    """A server that was asked in vain, as often as it is worth: what passes one day, and is nobody's mistake."""
+
+
 class Server(Protocol):
     """Where an object is. Both raise Broken, and InputError for what trying again will not mend."""
 
@@ -120,10 +125,10 @@ def _is_pattern(address: str) -> bool:
 
 
 def _again(name: str, failures: int, broken: Broken) -> int:
-    """Wait, and give the number of failures so far; raise InputError after the last attempt."""
+    """Wait, and give the number of failures so far; raise Unanswered after the last attempt."""
     failures += 1
     if failures >= PATIENCE.attempts:
-        raise InputError(f"{name}: {broken}, after {failures} attempts; run the same command again to go on") from None
+        raise Unanswered(f"{name}: {broken}, after {failures} attempts; run the same command again to go on") from None
     PATIENCE.wait(failures, broken.wait_s)
     return failures
 
@@ -387,6 +392,8 @@ def _pool(scheme: str, host: str, port: int, address: str | None) -> Any:
 
 # --- s3:// ----------------------------------------------------------------------------------------------------------
 
+LASTING = re.compile(r"status code: 4(?!08|25|29)\d\d")  # what a store has said for good, in the words of the library
+
 
 class ObjectStore:
     """An object in a bucket. The library tries requests again; a body that breaks off is tried again here."""
@@ -493,4 +500,5 @@ def refusal(name: str, error: Exception) -> InputError:
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return InputError(f"{name}: its store refuses it; check AWS_ACCESS_KEY_ID, or set AWS_SKIP_SIGNATURE=true")
     said = " ".join(str(error).partition("Debug source")[0].split())
-    return InputError(f"{name}: {said[:300]}")
+    passes = isinstance(error, exceptions.GenericError) and not LASTING.search(said)
+    return (Unanswered if passes else InputError)(f"{name}: {said[:300]}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 
 from configs import ConfigError, build
 from data_pipeline import files
+from data_pipeline.blocks import Block, OpenBlocks
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
 from data_pipeline.order import Order, Segment, Skips, Steps
@@ -24,8 +28,10 @@ from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
+from data_pipeline.summary import folder_tokenizer
+from data_pipeline.trace import documents_of
 from tests.corpora import make_corpus
-from tests.data_pipeline.servers import Server, forget, moto
+from tests.data_pipeline.servers import KEY, Server, forget, moto
 
 T = 128
 STEPS = 8
@@ -206,10 +212,60 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
     assert not isinstance(e.value, DamagedBlock)
     with pytest.raises(Unreachable, match=r"^data.sources.alpha.shards: http://127.*, after 3 attempts; run the same "):
         Corpora(data_of(f"{server.address}/a"))  # no mistake of the configuration: a launcher starts it again
+    manifest = Manifest.open(corpus)
+    manifest = replace(manifest, files=files_of(f"{server.address}/a"))
+    server.faults["/tokenizer.json"] = ["503*"]
+    with pytest.raises(Unreachable, match=r"/tokenizer.json: .*, after 3 attempts; run the same command again"):
+        folder_tokenizer(manifest)
+    server.faults["/tokenizer.json"] = ["404*"]
+    with pytest.raises(ConfigError, match=r"/tokenizer.json: no such tokenizer file$"):
+        folder_tokenizer(manifest)
+    server.faults["/tokenizer.json"] = ["403*"]
+    with pytest.raises(ConfigError, match=r"its server refuses it \(HTTP 403\)"):
+        folder_tokenizer(manifest)
     for path in server.files:
         server.faults[path] = ["404*"]
     with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):
         list(stream.batches(0, STEPS))
+
+
+@pytest.mark.parametrize("fault", ["401*", "403*", "418*", "whole*"])
+def test_a_mistake_that_lasts_is_no_outage(fault: str, corpus: Path, server: Server) -> None:
+    """Nor is it taken for one in mid-run: a launcher need not start again what only its user can mend."""
+    stream = stream_of(data_of(f"{server.address}/a"))
+    for path in server.files:
+        server.faults[path] = [fault]
+    with pytest.raises(ShardError) as error:
+        stream.batch(0)
+    assert not isinstance(error.value, Unreachable)
+    if fault != "whole*":  # which serves a small file all the same
+        with pytest.raises(ConfigError, match=r"^data\.sources\.alpha\.shards: http://127.*HTTP 4"):
+            Corpora(data_of(f"{server.address}/a"))
+
+
+@pytest.mark.parametrize(("status", "passes"), [("503", True), ("429", True), ("403", False), ("418", False)])
+def test_a_store_that_is_away_is_told_from_one_that_refuses(
+    status: str, passes: bool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {**KEY, "AWS_ENDPOINT_URL": server.address}.items():
+        monkeypatch.setenv(key, value)
+    server.files["/a/MANIFEST.json"], server.faults["/a/MANIFEST.json"] = b"{}", [f"{status}*"]
+    with pytest.raises(ShardError) as error:
+        Manifest.read(files_of("s3://a"))
+    assert isinstance(error.value, Unreachable) == passes
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EACCES, False), (errno.EIO, True), (errno.ESTALE, True)])
+def test_a_folder_that_may_not_be_read_is_no_outage(
+    number: int, passes: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(ShardError) as error:
+        Manifest.read(Folder(corpus, 0.1))
+    assert isinstance(error.value, Unreachable) == passes
 
 
 def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
@@ -228,6 +284,43 @@ def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
     assert time.monotonic() - begun < 15  # the server holds a body for 30 s
 
 
+@pytest.mark.parametrize("place", ["{address}/a", "s3://a"])
+def test_a_start_hears_a_signal_while_a_request_is_silent(
+    place: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only between two attempts, of which a library makes its own out of hearing."""
+    monkeypatch.setattr(remote, "PATIENCE", Patience(attempts=1, wait_s=0.01, silence_s=4, range_s=6))
+    for key, value in {**KEY, "AWS_ENDPOINT_URL": server.address}.items():
+        monkeypatch.setenv(key, value)
+    server.faults["/a/MANIFEST.json"] = ["stall*"]
+    with files.stopping(lambda: bool(server.requests)), pytest.raises(files.Stopped):
+        Corpora(data_of(place.format(address=server.address)))
+
+
+def test_documents_are_named_by_one_look_at_a_block_and_no_longer_than_wanted(corpus: Path, server: Server) -> None:
+    here, far = stream_of(data_of(corpus)), stream_of(data_of(f"{server.address}/a"))
+    samples = np.arange(80)
+    server.requests.clear()
+    looks: list[int] = []
+    found = documents_of(far.order, far.open_blocks.shards, samples, T, lambda: looks.append(1))
+    assert found == documents_of(here.order, here.open_blocks.shards, samples, T) and looks
+    blocks = block_requests(server)
+    assert len(blocks) <= 2 * len(set(far.order.locate(samples).block.tolist()))  # its own, and that behind it
+
+    class Enough(Exception):
+        pass
+
+    def look() -> None:
+        if len(server.requests) > before:
+            raise Enough
+
+    for path in server.files:
+        server.faults[path] = ["stall*"]
+    before = len(server.requests)
+    with pytest.raises(Enough):
+        documents_of(far.order, far.open_blocks.shards, samples, T, look)
+
+
 def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server) -> None:
     """Whatever ends a fetching thread's work, the step that needs the block says so."""
     stream = stream_of(data_of(f"{server.address}/a"))
@@ -238,6 +331,21 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server
     stream.open_blocks.shards[0].read = die  # type: ignore[method-assign]
     with pytest.raises(SystemExit, match="killed at"):
         list(stream.batches(0, STEPS))
+
+
+def test_what_one_thread_has_promised_is_there_though_it_fails_to_look_ahead(corpus: Path, server: Server) -> None:
+    """Others wait for it without end."""
+    here, far = (Manifest.read(files_of(place)).shards("train", 0) for place in (corpus, f"{server.address}/a"))
+    blocks = OpenBlocks([here, far], 8)
+
+    def steps() -> Iterator[list[tuple[int, int]]]:
+        raise MemoryError("no room to look ahead")
+        yield []
+
+    with blocks.ahead(steps()):
+        with pytest.raises(MemoryError):
+            blocks.take([(0, 0), (0, 1)])
+        assert all(isinstance(blocks.blocks[0, number], Block) for number in (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -361,9 +469,6 @@ def test_what_a_mount_never_shows_is_no_damage(corpus: Path, tmp_path: Path, mon
 
 
 def test_a_stale_handle_is_opened_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
     folder, times = Folder(corpus, 5.0), 0
     shards = Manifest.read(folder).shards("train", 0)
     good, pread = shards.read(0), os.pread

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError, build
+from data_pipeline.ahead import Reading
 from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
 from data_pipeline.shards import Format, ShardError, Shards, Tokens, seal
 from data_pipeline.stream import MIB, Batch, Corpora, Data, Stream, Validation, timed
@@ -478,3 +480,25 @@ def test_generations_that_are_not_there(folder: Path) -> None:
 )
 def test_impossible_settings(key: str, value: Any, message: str, folder: Path) -> None:
     assert refused(lambda: data_of(folder, **{key: value})) == f"test: {message}"
+
+
+class _Late(Future[int]):
+    """Done at the very moment at which somebody has had enough of waiting for it."""
+
+    def result(self, timeout: float | None = None) -> int:
+        if timeout is not None and not self.done():
+            self.set_result(7)
+            raise TimeoutError
+        return super().result(timeout)
+
+
+def test_a_batch_that_comes_as_the_wait_for_it_ends_is_taken() -> None:
+    with Reading(iter([lambda: 1]), 1, 1, "test") as reading:
+        reading._ahead.append(_Late())
+        assert reading.take() == 7
+
+    def times_out() -> int:
+        raise TimeoutError("its own")
+
+    with Reading(iter([times_out]), 1, 1, "test") as reading, pytest.raises(TimeoutError, match=r"^its own$"):
+        reading.take()

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 import configs
+from data_pipeline.sources import remote
+from data_pipeline.sources.remote import Patience
+from launch.cli import main
 from launch.job import load_job
 from pretrain.run import TrainRun
+from tests.data_pipeline.servers import Server
 from tests.launch.small_run import write_small_run
 
 
@@ -91,3 +95,22 @@ def test_stopped_and_submitted_again(tmp_path: Path) -> None:
     assert again.returncode == 0
     assert f"going on from step-{step}.b1" in again.stderr
     assert "at step 300 (exit 0)" in again.stderr
+
+
+def test_an_outage_is_one_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And exit 1: nothing is wrong with the configuration, and the same command is to be given again."""
+    monkeypatch.setattr(remote, "PATIENCE", Patience(attempts=2, wait_s=0.01))
+    server = Server()
+    try:
+        server.files["/away/MANIFEST.json"], server.faults["/away/MANIFEST.json"] = b"{}", ["503*"]
+        place = f"data.sources.random.shards={server.address}/away"
+        monkeypatch.setattr(sys, "argv", ["launch", "submit", str(config), place])
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        server.close()
+    assert end.value.code == 1
+    said = f"launch: data.sources.random.shards: {server.address}/away/MANIFEST.json: HTTP 503, after 2 attempts; "
+    assert capsys.readouterr().err == f"{said}run the same command again to go on\n"

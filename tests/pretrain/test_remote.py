@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import obstore
 import pytest
 
 from configs import ConfigError
+from data_pipeline import files
 from pretrain import checkpoint
-from pretrain.guard import StopSignals
+from pretrain.guard import STOPPED, StopSignals
 from pretrain.ranks import Ranks
 from pretrain.run import load_run
 from pretrain.staging import stage_shards
@@ -109,6 +112,38 @@ def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
         return None, str(error), said
     finally:
         watchdog.stop()
+
+
+def stop_on_one(ranks: Ranks, config: str, address: str) -> list[int | None]:
+    """What a start comes to, at two of its places, where rank 1 alone waits and is asked to stop."""
+    away, stop = ranks.rank == 1, StopSignals()
+    run = load_run(Path(config), [f"data.sources.alpha.shards={address}/alpha"] if away else [])
+    watchdog = Watchdog(ranks, run.run_folder, 100.0, 100.0)
+    try:
+        with files.stopping(lambda: stop.exit_code() is not None):
+            if away:
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            staged = stage_shards(run, ranks, stop, watchdog)
+            try:
+                ranks.each(lambda: files.wait(30.0 * away))
+            except files.Stopped:
+                return [staged, STOPPED]
+            return [staged, None]
+    finally:
+        watchdog.stop()
+
+
+def test_a_start_that_one_rank_alone_waits_in_is_stopped_on_all(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    text = config.read_text().replace("weight: 0.", "shared_mount: true, weight: 0.")
+    config.write_text(text.replace("  seq_tokens: 64\n", f"  seq_tokens: 64\n  stage: {tmp_path}/disk\n"))
+    server = Server()
+    try:
+        server.files["/alpha/MANIFEST.json"], server.faults["/alpha/MANIFEST.json"] = b"", ["503*"]
+        found = on_ranks(tmp_path, 2, stop_on_one, str(config), server.address)
+    finally:
+        server.close()
+    assert found == [[STOPPED, STOPPED]] * 2
 
 
 def test_one_rank_of_a_node_stages_and_all_wait(tmp_path: Path) -> None:
