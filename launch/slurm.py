@@ -85,6 +85,12 @@ class Slurm(Section):
         return self
 
     @model_validator(mode="after")
+    def _excludes_in_one_place(self) -> Slurm:
+        if "exclude" in self.sbatch:
+            raise ValueError("sbatch: exclude: give launcher.exclude, to which a restart adds the nodes that failed")
+        return self
+
+    @model_validator(mode="after")
     def _keeps_no_secret(self) -> Slurm:
         """The script is a file that SLURM shows to others: what it needs of secrets comes with the environment."""
         lists = {"setup": self.setup, "srun": self.srun, "sbatch": list(self.sbatch.values())}

@@ -704,8 +704,29 @@ def _client(config: Mlflow) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
     if config.database is not None:
-        config.database.parent.mkdir(parents=True, exist_ok=True)
+        _make_database(config.database)
     return MlflowClient(tracking_uri=config.uri)
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in a new sqlite file: whole or absent.
+
+    MLflow makes them in place, in some fifty steps, and never recovers from a kill between two of them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        return
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    engine = create_sqlalchemy_engine(f"sqlite:///{temporary}")
+    try:
+        _initialize_tables(engine)
+        engine.dispose()
+        with contextlib.suppress(FileExistsError):  # another was first
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find_model(config: Mlflow, name: str) -> tuple[Path, str | None]:

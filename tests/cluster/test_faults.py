@@ -268,7 +268,7 @@ if node == "n1":
 
 @pytest.mark.parametrize("spare", [0, 1])
 def test_a_node_named_by_the_preflight_is_left_out(launched: Launched, spare: int) -> None:
-    launched.submit(Slurm(spare_nodes=spare, sbatch={"exclude": "n4"}), launched.job(last=3, extra=SUSPECT))
+    launched.submit(Slurm(spare_nodes=spare, exclude="n3,n4"), launched.job(last=3, extra=SUSPECT))
     assert launched.end() == "COMPLETED"
     assert [record["nodes"] for record in launched.records("attempt")] == [["n1"], ["n2"]]
     words = "(restart 1 of 20), without n1 (rank 0 on n1: PreflightError: n1 is slow)"

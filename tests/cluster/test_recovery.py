@@ -65,7 +65,7 @@ def same_end(run: Path, undisturbed: Path) -> None:
 
 def test_preempted_lost_and_requeued(submitted: Launched, undisturbed: Path) -> None:
     cluster = submitted.cluster
-    submit(submitted, "launcher.nodes=2", "launcher.partition=low", "launcher.sbatch={exclude: n4}")
+    submit(submitted, "launcher.nodes=2", "launcher.partition=low", "launcher.exclude=n4")
     wait_for_steps(submitted, 1)
     for node in ("n1", "n2", "n3"):
         preempt(cluster, node)
@@ -84,7 +84,7 @@ def test_preempted_lost_and_requeued(submitted: Launched, undisturbed: Path) -> 
 def test_two_attempts_alive_and_one_commits(submitted: Launched, undisturbed: Path) -> None:
     cluster = submitted.cluster
     pace = 'export LONGHAUL_FAIL_AT="train.step=sleep:0.$((5 - 5 * ${SLURM_RESTART_COUNT:-0}))"'  # the second is quick
-    submit(submitted, "launcher.ranks_per_node=2", "launcher.sbatch={exclude: n4}", f"launcher.setup=['{pace}']")
+    submit(submitted, "launcher.ranks_per_node=2", "launcher.exclude=n4", f"launcher.setup=['{pace}']")
     wait_for_steps(submitted, 1)
     [node] = submitted.records("attempt")[0]["nodes"]
     cluster.kill_slurmd(node)  # its ranks go on, and SLURM believes them gone

@@ -215,6 +215,10 @@ def test_sbatch_refuses(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             ["launcher.kind=slurm", "launcher.minutes=1", "launcher.signal_lead_s=120"],
             "command line: launcher: signal_lead_s: expected less than the 60 s of `minutes`, got 120",
         ),
+        (
+            ["launcher.kind=slurm", "launcher.sbatch={exclude: n4}"],
+            "command line: launcher: sbatch: exclude: give launcher.exclude, to which a restart adds the nodes that failed",
+        ),
     ],
 )
 def test_launcher_mistakes(overrides: list[str], message: str) -> None:

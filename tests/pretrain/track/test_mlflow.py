@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 from configs import ConfigError, Section, build, dump
 from pretrain.track import Journal, Mlflow, TrackError, start_trackers, sync
 from pretrain.track.follower import Followers
+from pretrain.track.mlflow import _client
 
 from .conftest import Line, Place
 
@@ -459,3 +460,17 @@ def test_each_outage_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert len([message for message in caplog.messages if "trying again" in message]) == 1
         trackers.close(0)
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+def test_a_new_database_is_whole_or_absent(tmp_path: Path) -> None:
+    """MLflow never recovers from a kill amid the tables that it makes: 'duplicate column name' at every start."""
+    config = Mlflow(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    code = "import sys; from pretrain.track.mlflow import Mlflow, _client; _client(Mlflow(uri=sys.argv[1]))"
+    child = subprocess.Popen([sys.executable, "-c", code, config.uri])
+    while not list(tmp_path.iterdir()):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert _client(config).create_experiment("x")
