@@ -87,7 +87,7 @@ class Slurm(Section):
     @model_validator(mode="after")
     def _excludes_in_one_place(self) -> Slurm:
         if "exclude" in self.sbatch:
-            raise ValueError("sbatch: exclude: give launcher.exclude, to which a restart adds the nodes that failed")
+            raise ValueError("sbatch: exclude: give launcher.exclude, to which a restart adds nodes that failed")
         return self
 
     @model_validator(mode="after")

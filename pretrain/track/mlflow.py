@@ -716,12 +716,13 @@ def _make_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         return
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+    import mlflow.store.db.utils
 
+    tables: Any = mlflow.store.db.utils
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    engine = create_sqlalchemy_engine(f"sqlite:///{temporary}")
+    engine = tables.create_sqlalchemy_engine(f"sqlite:///{temporary}")
     try:
-        _initialize_tables(engine)
+        tables._initialize_tables(engine)
         engine.dispose()
         with contextlib.suppress(FileExistsError):  # another was first
             os.link(temporary, path)

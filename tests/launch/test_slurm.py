@@ -217,7 +217,7 @@ def test_sbatch_refuses(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ),
         (
             ["launcher.kind=slurm", "launcher.sbatch={exclude: n4}"],
-            "command line: launcher: sbatch: exclude: give launcher.exclude, to which a restart adds the nodes that failed",
+            "command line: launcher: sbatch: exclude: give launcher.exclude, to which a restart adds nodes that failed",
         ),
     ],
 )
