@@ -244,6 +244,7 @@ def one_rank(folder: str, address: str, more: str, steps: int) -> None:
     """A rank's steps, as `pretrain train` makes them."""
     import torch
 
+    from benchmarks.step import loop_steps
     from pretrain.guard import StopSignals
     from pretrain.meter import Startup
     from pretrain.ranks import Ranks
@@ -264,16 +265,7 @@ def one_rank(folder: str, address: str, more: str, steps: int) -> None:
     attempt = begin(run, ranks, StopSignals(), Watchdog(ranks, run.run_folder, 1e6, 1e6), Startup())
     waits: list[float] = []
     first_done = 0.0
-    for batch, waited in timed(attempt.stream.batches(0, attempt.last_step)):
-        begun = time.perf_counter()
-        tokens = attempt.course.tokens(batch.step + 1)
-        now = attempt.course.at(batch.step)
-        rates = now.optim.rates(now.schedule.factor(tokens, now.train_tokens))
-        count = int(tokens - attempt.course.tokens(batch.step))
-        outcome = attempt.engine.step(attempt.feed(batch), count, rates, attempt.noise(batch.step))
-        attempt.advance(batch)
-        attempt.post(outcome, rates.lr, time.perf_counter() - begun, waited)
-        attempt.judge(batch, outcome)
+    for waited in loop_steps(attempt):
         waits.append(waited)
         first_done = first_done or time.perf_counter()
     print(json.dumps({"waits": waits, "seconds": time.perf_counter() - first_done}), flush=True)

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 import configs
 from data_pipeline.document import Document
 from data_pipeline.shards import Format, SealedSlice, SliceWriter, file_hash, seal
-from data_pipeline.stream import timed
+from pretrain.attempt import Attempt
 from pretrain.engine import zero as zero_engine
 from pretrain.engine.plain import Torch
 from pretrain.engine.state import StepTimer
@@ -208,21 +208,22 @@ def whole_loop(gpt: Gpt, ranks: Ranks, folder: Path) -> Step:
     )  # fmt: skip
     attempt = begin(run, ranks, StopSignals(), Watchdog(ranks, run.run_folder, 1e6, 1e6), Startup())
 
-    def steps() -> Iterator[None]:
-        for batch, waited in timed(attempt.stream.batches(0, attempt.last_step)):
-            begun = time.perf_counter()
-            tokens = attempt.course.tokens(batch.step + 1)
-            now = attempt.course.at(batch.step)
-            rates = now.optim.rates(now.schedule.factor(tokens, now.train_tokens))
-            count = int(tokens - attempt.course.tokens(batch.step))
-            outcome = attempt.engine.step(attempt.feed(batch), count, rates, attempt.noise(batch.step))
-            attempt.advance(batch)
-            attempt.post(outcome, rates.lr, time.perf_counter() - begun, waited)
-            attempt.judge(batch, outcome)
-            yield
-
-    going = steps()
+    going = loop_steps(attempt)
     return lambda: next(going)
+
+
+def loop_steps(attempt: Attempt) -> Iterator[float]:
+    """The steps of a run's loop, without evaluations and saves; after each the seconds that its batch took to come."""
+    for batch, waited in attempt.batches():
+        begun = time.perf_counter()
+        tokens = attempt.course.tokens(batch.step + 1)
+        now = attempt.course.at(batch.step)
+        rates = now.optim.rates(now.schedule.factor(tokens, now.train_tokens))
+        outcome = attempt.step(batch, int(tokens - attempt.course.tokens(batch.step)), rates)
+        attempt.advance(batch)
+        attempt.post(outcome, rates.lr, time.perf_counter() - begun, waited)
+        attempt.judge(batch, outcome)
+        yield waited
 
 
 def corpus(folder: Path, gpt: Gpt) -> None:

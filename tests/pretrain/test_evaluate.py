@@ -6,13 +6,11 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from typer.testing import CliRunner
 
 import configs
@@ -26,7 +24,7 @@ from pretrain.export import export
 from pretrain.generate import Sampling
 from pretrain.harness import Model, _task, evaluate_task
 from pretrain.models.gpt import GPT
-from pretrain.ranks import Place, Ranks
+from pretrain.ranks import Ranks
 from pretrain.restore import open_run, opened, run_tokenizer
 from pretrain.run import TrainRun
 from pretrain.tasks import TASKS, Name, Shots, TaskFile, fitting, read_rows
@@ -61,16 +59,6 @@ def write_tasks(folder: Path, rows: int = 24) -> dict[Name, TaskFile]:
     for name, each in made.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return {name: TaskFile(path=folder / f"{name}.jsonl") for name in made}
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Ranks]:
-    """This process as the only rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # so that what Ranks sets is taken back
-        yield Ranks(Place(0, 1, 0, None, "alone"))
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.ahead import Reading
@@ -27,22 +25,12 @@ from pretrain.attempt import Attempt
 from pretrain.evaluate import validation_losses
 from pretrain.guard import KILL_WAIT, STOPPED, StopSignals
 from pretrain.objectives import Batch, NextToken
-from pretrain.ranks import Place, Ranks
+from pretrain.ranks import Ranks
 from pretrain.restore import same_tokenizer
 from pretrain.run import load_run
 from pretrain.together import Abandoned, Together
 from tests.pretrain.finished_run import write_config
 from tests.processes import on_ranks
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Ranks]:
-    """This process as the only rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # so that what Ranks sets is taken back
-        yield Ranks(Place(0, 1, 0, None, "alone"))
-        dist.destroy_process_group()
 
 
 class Losses:
