@@ -131,9 +131,9 @@ def ours(folder: Path) -> dict[str, float]:
         stream.batch(last // 2)
         clock.mark("batch")
     for step in np.random.default_rng(1).integers(0, last, 1000).tolist():
-        places = stream._share(step).where
-        shards = stream.open_blocks.shards[int(places.pool[0])]
-        shards.name(*shards.locate(int(places.block[0]))[:1], "tar")
+        pool, block = stream.open_blocks.place(int(stream._share(step).blocks[0]))
+        shards = stream.open_blocks.shards[pool]
+        shards.name(*shards.locate(block)[:1], "tar")
     clock.mark("seek")  # of 1,000, so of one in ms
     blocks_mb = stream.open_blocks.capacity * 2 * (BLOCK + 1) / 1e6
     return {**clock.found, "blocks_mb": blocks_mb, "steps": last, "lanes": lanes}

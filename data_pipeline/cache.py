@@ -25,7 +25,7 @@ from pydantic import Field
 
 from configs import ConfigError, Float, Section
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Check, Damaged, Files
+from data_pipeline.files import Bytes, Check, Damaged, Files
 
 log = logging.getLogger("data-prep")
 
@@ -240,8 +240,8 @@ class Cached:
     def __init__(self, below: Files, cache: DiskCache) -> None:
         self.below, self.cache, self.address = below, cache, below.address
 
-    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
-        return self.cache.get(hash.hex(), lambda: self.below.part(name, offset, size, hash))
+    def part(self, name: str, offset: int, size: int, hash: bytes, buffer: bytearray | None = None) -> Bytes:
+        return self.cache.get(hash.hex(), lambda: bytes(self.below.part(name, offset, size, hash)))
 
     def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
         """Of a file that is fetched as a whole."""
@@ -262,6 +262,9 @@ class Cached:
 
     def raw(self, name: str, offset: int, size: int) -> bytes:
         return self.below.raw(name, offset, size)
+
+    def expect(self, name: str, offset: int, size: int) -> None:
+        pass
 
     def close(self) -> None:
         self.below.close()

@@ -95,12 +95,13 @@ class Outage(Unreadable):
 class Damaged(Exception):
     """Bytes that are there, and are not those that were written. `data` is what was read."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Bytes) -> None:
         super().__init__(f"{len(data)} bytes")
         self.data = data
 
 
-Check = Callable[[bytes], bool]
+Bytes = bytes | memoryview
+Check = Callable[[Bytes], bool]
 
 
 class Files(Protocol):
@@ -109,8 +110,8 @@ class Files(Protocol):
     address: str
     is_far: bool  # so that it pays to fetch ahead
 
-    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
-        """Bytes of a file whose xxh3-128 is known."""
+    def part(self, name: str, offset: int, size: int, hash: bytes, buffer: bytearray | None = None) -> Bytes:
+        """Bytes of a file whose xxh3-128 is known. They may be read into a buffer, and lie in it then."""
         ...
 
     def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
@@ -123,6 +124,10 @@ class Files(Protocol):
 
     def raw(self, name: str, offset: int, size: int) -> bytes:
         """Bytes as they are, fewer only where the file ends."""
+        ...
+
+    def expect(self, name: str, offset: int, size: int) -> None:
+        """Bytes that will be read soon: where the kernel reads them, it may begin to."""
         ...
 
     def close(self) -> None:
@@ -138,7 +143,7 @@ class _Checked:
     def raw(self, name: str, offset: int, size: int) -> bytes:
         raise NotImplementedError
 
-    def full(self, name: str, offset: int, size: int) -> bytes:
+    def full(self, name: str, offset: int, size: int, buffer: bytearray | None = None) -> Bytes:
         """The same where there ought to be so many."""
         return self.raw(name, offset, size)
 
@@ -148,19 +153,24 @@ class _Checked:
     def renew(self, name: str) -> None:
         """Before a file is read again because what came was not right."""
 
-    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
-        return self._right(name, offset, size, lambda data: xxhash.xxh3_128_digest(data) == hash)
+    def part(self, name: str, offset: int, size: int, hash: bytes, buffer: bytearray | None = None) -> Bytes:
+        return self._right(name, offset, size, lambda data: xxhash.xxh3_128_digest(data) == hash, buffer)
 
     def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
-        return self._right(name, offset, size, is_right)
+        return bytes(self._right(name, offset, size, is_right))
 
     def whole(self, name: str, hash: str | None = None) -> bytes:
-        return self._right(name, 0, None, lambda data: hash is None or xxhash.xxh3_128_hexdigest(data) == hash)
+        return bytes(self._right(name, 0, None, lambda data: hash is None or xxhash.xxh3_128_hexdigest(data) == hash))
 
-    def _right(self, name: str, offset: int, size: int | None, is_right: Check) -> bytes:
+    def expect(self, name: str, offset: int, size: int) -> None:
+        pass
+
+    def _right(
+        self, name: str, offset: int, size: int | None, is_right: Check, buffer: bytearray | None = None
+    ) -> Bytes:
         for _ in range(2):
             count = self.size(name) if size is None else size
-            data = self.full(name, offset, count)
+            data = self.full(name, offset, count, buffer)
             if len(data) < count:
                 break
             if is_right(data):
@@ -184,11 +194,11 @@ class Folder(_Checked):
         self._lock = threading.Lock()
 
     def raw(self, name: str, offset: int, size: int) -> bytes:
-        return self._patiently(name, lambda: self._pread(name, offset, size), lambda _: True)
+        return bytes(self._patiently(name, lambda: self._pread(name, offset, size), lambda _: True))
 
-    def full(self, name: str, offset: int, size: int) -> bytes:
+    def full(self, name: str, offset: int, size: int, buffer: bytearray | None = None) -> Bytes:
         with suppress(OSError):  # as it nearly always goes
-            if len(data := self._pread(name, offset, size)) == size:
+            if len(data := self._pread(name, offset, size, buffer)) == size:
                 return data
         return self._patiently(name, lambda: self._pread(name, offset, size), lambda data: len(data) == size)
 
@@ -213,9 +223,17 @@ class Folder(_Checked):
         with self._lock:
             self._open.clear()
 
-    def _pread(self, name: str, offset: int, size: int) -> bytes:
+    def expect(self, name: str, offset: int, size: int) -> None:
+        with suppress(OSError):  # whoever reads it will say so
+            opened = self._opened(name)
+            os.posix_fadvise(opened.number, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _pread(self, name: str, offset: int, size: int, buffer: bytearray | None = None) -> Bytes:
         opened = self._opened(name)  # held, so that it stays open
-        return os.pread(opened.number, size, offset)
+        if buffer is None:
+            return os.pread(opened.number, size, offset)
+        view = memoryview(buffer)[:size]
+        return view[: os.preadv(opened.number, [view], offset)]
 
     def _opened(self, name: str) -> _Descriptor:
         with self._lock:

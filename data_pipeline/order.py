@@ -46,13 +46,18 @@ _ROUNDS = np.array([[(i + 1) * _GOLDEN & 2**64 - 1] for i in range(ROUNDS)], np.
 
 def mix(x: Words) -> Words:
     """A bijection of 64-bit words that spreads every bit (the finalizer of SplitMix64, Steele et al. 2014)."""
-    y = x >> _SHIFTS[0]
-    y ^= x
-    y *= _FACTORS[0]
-    y ^= y >> _SHIFTS[1]
-    y *= _FACTORS[1]
-    y ^= y >> _SHIFTS[2]
-    return y
+    mixed = x.copy()
+    _mix(mixed, np.empty_like(x))
+    return mixed
+
+
+def _mix(x: Words, scratch: Words) -> None:
+    """`mix` in place. Here and below: most of the time that a sample's place takes is spent on new memory."""
+    for shift, factor in zip(_SHIFTS, (*_FACTORS, None), strict=True):
+        np.right_shift(x, shift, out=scratch)
+        x ^= scratch
+        if factor is not None:
+            x *= factor
 
 
 def permute(x: Ints, n: Ints, key: Words) -> Ints:
@@ -68,27 +73,32 @@ def unpermute(y: Ints, n: Ints, key: Words) -> Ints:
 
 def _walk(x: Ints, n: Ints, key: Words, rounds: range) -> Ints:
     half = np.maximum((np.frexp((n - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
-    keys = mix(key + _ROUNDS)  # of all rounds, once for all walks: (ROUNDS, len(x))
-    y: Words = _feistel(x.astype(np.uint64), half, keys, rounds)
-    limit = n.astype(np.uint64)
-    outside = np.flatnonzero(y >= limit)
-    while len(outside):
-        walked = _feistel(y[outside], half[outside], keys[:, outside], rounds)
+    limit, scratch = n.astype(np.uint64), np.empty((3, len(x)), np.uint64)
+    walked: Words = x.astype(np.uint64)
+    y, outside = walked, np.arange(len(x))
+    while len(walked):
+        walked = _feistel(walked, half, key, rounds, scratch[:, : len(walked)])
         y[outside] = walked
-        outside = outside[walked >= limit[outside]]
+        left = np.flatnonzero(walked >= limit)
+        walked, limit, half, key = (words[left] for words in (walked, limit, half, key))
+        outside = outside[left]
     return y.astype(np.int64)
 
 
-def _feistel(x: Words, half: Words, keys: Words, rounds: range) -> Words:
+def _feistel(x: Words, half: Words, key: Words, rounds: range, scratch: Words) -> Words:
+    new, round_key, other = scratch
     mask = (_ONE << half) - _ONE
     left: Words = x >> half
     right: Words = x & mask
     forward = rounds.step > 0
     for i in rounds:
-        if forward:
-            left, right = right, left ^ (mix(right ^ keys[i]) & mask)
-        else:
-            left, right = right ^ (mix(left ^ keys[i]) & mask), left
+        np.add(key, _ROUNDS[i], out=round_key)
+        _mix(round_key, other)
+        np.bitwise_xor(right if forward else left, round_key, out=new)
+        _mix(new, other)
+        new &= mask
+        new ^= left if forward else right
+        left, right, new = (right, new, left) if forward else (new, left, right)
     return (left << half) | right
 
 
@@ -538,13 +548,18 @@ def cut(samples: Ints, lanes: int, rank: int, ranks: int) -> Ints:
 
 def cut_range(begin: int, end: int, lanes: int, rank: int, ranks: int) -> Ints:
     """`cut` of the samples [begin, end), by arithmetic: what a rank reads costs no sorting of what all read."""
-    count = end - begin
-    first = (np.arange(lanes) - begin) % lanes  # of each lane, beyond `begin`
+    return begin + _cut_from(begin % lanes, end - begin, lanes, rank, ranks)
+
+
+@lru_cache(maxsize=16)
+def _cut_from(lane: int, count: int, lanes: int, rank: int, ranks: int) -> Ints:
+    """`cut_range` of `count` samples, counted from the first of them, which stands in `lane`."""
+    first = (np.arange(lanes) - lane) % lanes  # of each lane
     ends = np.cumsum(count // lanes + (first < count % lanes))
     place = np.arange(count * rank // ranks, count * (rank + 1) // ranks)
-    lane = np.searchsorted(ends, place, side="right")
-    before = np.concatenate([[0], ends])[lane]
-    cut: Ints = begin + first[lane] + (place - before) * lanes
+    of = np.searchsorted(ends, place, side="right")
+    before = np.concatenate([[0], ends])[of]
+    cut: Ints = first[of] + (place - before) * lanes
     return cut
 
 
@@ -559,6 +574,4 @@ def digest(samples: Ints, tokens: npt.NDArray[Any]) -> int:
     rows = np.empty((len(samples), tokens.shape[1] + 2), "<u4")
     rows[:, :2] = np.ascontiguousarray(samples, "<i8").view("<u4").reshape(-1, 2)
     rows[:, 2:] = tokens
-    data, size = rows.reshape(-1).view(np.uint8).data, 4 * rows.shape[1]
-    each = (xxhash.xxh3_128_intdigest(data[at : at + size]) for at in range(0, len(data), size))
-    return sum(each) % 2**128
+    return sum(map(xxhash.xxh3_128_intdigest, rows)) % 2**128

@@ -26,6 +26,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
@@ -42,7 +43,7 @@ from configs import ConfigError, canonical_json
 from data_pipeline.disk import writing
 from data_pipeline.document import Document
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Damaged, Files, Folder, Missing, Outage, Unreadable, files_of, is_remote
+from data_pipeline.files import Bytes, Damaged, Files, Folder, Missing, Outage, Unreadable, files_of, is_remote
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 * 1024  # what one chunk hash covers
@@ -667,6 +668,7 @@ class Shards:
         self.manifest, self.format, self.table, self.files = manifest, manifest.format, table, manifest.files
         self.ends = np.cumsum(_numbers(table["blocks"]))
         self._names: dict[int, tuple[str, str]] = {}  # a value of the table takes as long as a block to read
+        self._expected: dict[tuple[int, int], Entry] = {}  # rows of blocks that are about to be read
 
     @property
     def blocks(self) -> int:
@@ -697,33 +699,44 @@ class Shards:
     def locate(self, block: int) -> tuple[int, int]:
         """(shard, row) of a block."""
         assert 0 <= block < self.blocks
-        shard = int(np.searchsorted(self.ends, block, side="right"))
+        shard = int(self.ends.searchsorted(block, side="right"))
         return shard, block - (int(self.ends[shard - 1]) if shard else 0)
 
-    def read(self, block: int) -> Tokens:
-        """The token ids of a block, shape (block_tokens + 1,)."""
-        return self.member(*self.locate(block))
+    def read(self, block: int, buffer: bytearray | None = None) -> Tokens:
+        """The token ids of a block, shape (block_tokens + 1,). With a buffer they may lie in it, until it is reused."""
+        return self.member(*self.locate(block), buffer)
 
-    def read_with_documents(self, block: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """The token ids of a block and its documents, as `documents` gives them."""
-        return self.member_with_documents(*self.locate(block))
+    def read_with_documents(self, block: int, buffer: bytearray | None = None) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """The token ids of a block, as above, and its documents, as `documents` gives them."""
+        return self.member_with_documents(*self.locate(block), buffer)
 
-    def member(self, shard: int, row: int) -> Tokens:
+    def expect(self, block: int) -> None:
+        """A block that will be read soon. What is wrong with it its reading says."""
+        shard, row = self.locate(block)
+        with suppress(ShardError):
+            entry = self._entry(shard, row)
+            self.files.expect(self.name(shard, "tar"), entry.offset, entry.bytes)
+            if len(self._expected) < self.MAX_NAMES:
+                self._expected[shard, row] = entry
+
+    def member(self, shard: int, row: int, buffer: bytearray | None = None) -> Tokens:
         """The token ids of a shard's row (the row after its last block is its tail), shape (n,)."""
-        return self._member(shard, row, self._entry(shard, row))
+        return self._member(shard, row, self._entry(shard, row), buffer)
 
     def documents(self, shard: int, row: int) -> npt.NDArray[np.int64]:
         """(ordinal, start) of the document open at the row's first token and each that begins later, shape (d, 2)."""
         return self._documents(shard, row, self._entry(shard, row))
 
-    def member_with_documents(self, shard: int, row: int) -> tuple[Tokens, npt.NDArray[np.int64]]:
+    def member_with_documents(
+        self, shard: int, row: int, buffer: bytearray | None = None
+    ) -> tuple[Tokens, npt.NDArray[np.int64]]:
         """Both, with one look into the index."""
         entry = self._entry(shard, row)
-        return self._member(shard, row, entry), self._documents(shard, row, entry)
+        return self._member(shard, row, entry, buffer), self._documents(shard, row, entry)
 
-    def _member(self, shard: int, row: int, entry: Entry) -> Tokens:
+    def _member(self, shard: int, row: int, entry: Entry, buffer: bytearray | None) -> Tokens:
         try:
-            return _from_npy(self.files.part(self.name(shard, "tar"), entry.offset, entry.bytes, entry.hash))
+            return _from_npy(self.files.part(self.name(shard, "tar"), entry.offset, entry.bytes, entry.hash, buffer))
         except FAILED_READS as error:
             raise self._said(error, shard, row, "tar", f"block {row} is", entry) from None
 
@@ -761,10 +774,12 @@ class Shards:
 
     def _entry(self, shard: int, row: int) -> Entry:
         """What the index says of a row."""
+        if (known := self._expected.pop((shard, row), None)) is not None:
+            return known
         size = self.format.index_dtype.itemsize
         offset = self._index_header + row * size
 
-        def is_right(data: bytes) -> bool:
+        def is_right(data: Bytes) -> bool:
             return len(data) == size and int.from_bytes(data[-8:], "little") == _row_check(data, row)
 
         stem, index_hash = self._known(shard)
@@ -796,7 +811,7 @@ class Shards:
         line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"
         return DamagedBlock(line, slice_, name, row)
 
-    def _damage(self, data: bytes, entry: Entry) -> str:
+    def _damage(self, data: Bytes, entry: Entry) -> str:
         """What is wrong with a block's bytes, by its chunk hashes."""
         size, offset = entry.bytes, entry.offset
         if len(data) < size:
@@ -914,10 +929,10 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _from_npy(data: bytes) -> npt.NDArray[Any]:
+def _from_npy(data: Bytes) -> npt.NDArray[Any]:
     """The array of a .npy file; read-only, it lies in the bytes."""
     header = 10 + int.from_bytes(data[8:10], "little")
-    shape, dtype = _npy_header(data[:header])
+    shape, dtype = _npy_header(bytes(data[:header]))
     return np.frombuffer(data, dtype, offset=header).reshape(shape)
 
 
@@ -935,9 +950,9 @@ def _padded(size: int) -> int:
     return -(-size // TAR_BLOCK) * TAR_BLOCK
 
 
-def _xxh(data: bytes | memoryview) -> bytes:
+def _xxh(data: Bytes) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def _row_check(row: bytes, number: int) -> int:
+def _row_check(row: Bytes, number: int) -> int:
     return xxhash.xxh3_64_intdigest(row[:-8], number)

@@ -23,7 +23,7 @@ import xxhash
 from configs import ConfigError
 from data_pipeline.disk import writing
 from data_pipeline.failpoints import fail_at
-from data_pipeline.files import Check, Damaged, Files, Folder, Outage, Unreadable
+from data_pipeline.files import Bytes, Check, Damaged, Files, Folder, Outage, Unreadable
 from data_pipeline.lease import Lease
 from data_pipeline.progress import Beside, size
 from data_pipeline.shards import SPLITS, Manifest, ShardError, sync_folder, unread
@@ -59,12 +59,12 @@ class Staged:
         self.here, self.below, self.address = here, below, below.address
         self.warned: set[str] = set()
 
-    def part(self, name: str, offset: int, size: int, hash: bytes) -> bytes:
+    def part(self, name: str, offset: int, size: int, hash: bytes, buffer: bytearray | None = None) -> Bytes:
         try:
-            return self.here.part(name, offset, size, hash)
+            return self.here.part(name, offset, size, hash, buffer)
         except (Damaged, Unreadable) as error:
             self._warn(name, error)
-            return self.below.part(name, offset, size, hash)
+            return self.below.part(name, offset, size, hash, buffer)
 
     def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
         try:
@@ -82,6 +82,9 @@ class Staged:
 
     def raw(self, name: str, offset: int, size: int) -> bytes:
         return self.below.raw(name, offset, size)
+
+    def expect(self, name: str, offset: int, size: int) -> None:
+        self.here.expect(name, offset, size)
 
     def close(self) -> None:
         self.here.close()

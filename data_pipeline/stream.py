@@ -13,7 +13,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,15 +25,15 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from configs import Bool, ConfigError, Float, Int, Section
 from data_pipeline.ahead import Reading
-from data_pipeline.blocks import Block, OpenBlocks
+from data_pipeline.blocks import LOOK_AHEAD, Block, OpenBlocks, Wanted
 from data_pipeline.cache import Cache, Cached
 from data_pipeline.files import files_of, is_remote, watched
-from data_pipeline.order import Located, Order, Pool, Skips, Steps, cut_range, digest
+from data_pipeline.order import Order, Pool, Skips, Steps, cut_range, digest
 from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Shards, Tokens, Unreachable
 from data_pipeline.stage import staged
 
 MIB = 2**20
-LOCATED_AT_ONCE = 2**14  # samples: numpy's price per call, some hundred calls, is shared by many steps
+LOCATED_AT_ONCE = 2**15  # samples: numpy's price per call, some thousand calls, is shared by many steps
 LOCATED_AT_FIRST = 2**10  # then twice as many each time: a start need not wait for so many, nor a short run
 
 
@@ -201,7 +200,9 @@ class _Share:
 
     samples: npt.NDArray[np.int64]
     fed: npt.NDArray[np.bool_]
-    where: Located
+    pools: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int64]  # as OpenBlocks numbers them
+    firsts: npt.NDArray[np.int64]  # the first token of each in its block
 
 
 class Stream:
@@ -221,7 +222,12 @@ class Stream:
         self.order, self.steps, self.skips, self.data = order, steps, skips, data
         self.micro_batch_seqs, self.rank, self.ranks = micro_batch_seqs, rank, ranks
         self.open_blocks = OpenBlocks(
-            shards, self._open_blocks_needed(shards), data.fetch_threads, data.prefetch_blocks, data.document_mask
+            shards,
+            data.seq_tokens + 1,
+            self._open_blocks_needed(shards),
+            data.fetch_threads,
+            data.prefetch_blocks,
+            data.document_mask,
         )
         self._dtype = shards[0].format.dtype
         self.sources = list(dict.fromkeys(pool.source for pool in order.pools))
@@ -234,9 +240,14 @@ class Stream:
         self._locating = threading.Lock()
 
     def _open_blocks_needed(self, shards: Sequence[Shards]) -> int:
-        """How many blocks this rank has open at once: a group per lane and pool, within the memory allowed."""
-        lanes = math.ceil(self.order.lanes / self.ranks) + 1
-        needed = min(lanes, self.order.lanes) * self.order.group_blocks * len(self.order.pools) * 2
+        """How many blocks this rank holds: a group per lane and pool, and a quarter for what a resume has begun within.
+
+        As many again where blocks are fetched ahead; all within the memory allowed.
+        """
+        lanes = min(math.ceil(self.order.lanes / self.ranks) + 1, self.order.lanes)
+        needed = lanes * self.order.group_blocks * len(self.order.pools) * 5 // 4
+        if any(each.files.is_far for each in shards):
+            needed *= 2
         block_bytes = max((s.format.block_tokens + 1) * s.format.dtype.itemsize for s in shards)
         return max(4, min(needed, self.data.open_blocks_mib * MIB // block_bytes))
 
@@ -251,7 +262,7 @@ class Stream:
         shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
         rows = np.empty((count, length + 1), self._dtype)  # as stored: half or a quarter of what is written below
         documents = np.zeros((shape[0] * shape[1], length), np.int32) if self.data.document_mask else None
-        at_once = max(1, self.open_blocks.capacity)  # whose blocks are held meanwhile
+        at_once = self.open_blocks.capacity  # whose blocks are held meanwhile
         for begin in range(0, count, at_once):
             self._read_rows(share, begin, rows[begin : begin + at_once], documents)
         tokens = np.empty((shape[0] * shape[1], length + 1), np.int64)
@@ -259,7 +270,7 @@ class Stream:
         valid = np.zeros(len(tokens), np.int64)
         valid[:count] = np.where(share.fed, length, 0)
         sources = np.zeros(len(tokens), np.int64)
-        sources[:count] = self._source_of[share.where.pool]
+        sources[:count] = self._source_of[share.pools]
         whole = share.fed.all()
         mine = digest(share.samples, rows) if whole else digest(share.samples[share.fed], rows[share.fed])
         shaped = None if documents is None else documents.reshape(*shape, length)
@@ -269,23 +280,18 @@ class Stream:
 
     def _read_rows(self, share: _Share, begin: int, rows: Tokens, documents: npt.NDArray[np.int32] | None) -> None:
         """Fill `rows` with the samples of a share from `begin` on, and their places in `documents`."""
-        length, where, these = self.data.seq_tokens, share.where, slice(begin, begin + len(rows))
-        keys = list(zip(where.pool[these].tolist(), where.block[these].tolist(), strict=True))
-        firsts = (where.row[these] * length).tolist()
-        parts = []
-        for number, (key, block, first) in enumerate(zip(keys, self.open_blocks.take(keys), firsts, strict=True)):
-            if isinstance(block, Future):
-                try:
-                    block = self.open_blocks.result(key, block)
-                except DamagedBlock as damage:
-                    if share.fed[begin + number]:
-                        raise self._without(damage, *key) from None
-                    parts.append(np.zeros(length + 1, self._dtype))  # nobody looks at what is skipped
-                    continue
-            parts.append(block.ids[first : first + length + 1])
-            if documents is not None and block.starts is not None:
-                documents[begin + number] = document_numbers(block.starts, first, length)
-        np.concatenate(parts, out=rows.reshape(-1))
+        these = slice(begin, begin + len(rows))
+        starts: list[npt.NDArray[np.int64] | None] | None = None if documents is None else [None] * len(rows)
+        wanted = Wanted(rows, share.blocks[these], share.firsts[these], starts)
+        for number, damage in self.open_blocks.fill(wanted).items():
+            its = wanted.numbers == number
+            if share.fed[these][its].any():
+                raise self._without(damage, number) from None
+            rows[its] = 0  # nobody looks at what is skipped
+        if documents is not None and starts is not None:
+            for row, (its_starts, first) in enumerate(zip(starts, wanted.firsts.tolist(), strict=True)):
+                if its_starts is not None:
+                    documents[begin + row] = document_numbers(its_starts, first, self.data.seq_tokens)
 
     def _share(self, step: int) -> _Share:
         """This rank's share of a step, found together with those of the steps around it."""
@@ -311,15 +317,15 @@ class Stream:
         ]
         samples = np.concatenate(mine)
         fed, where = ~self.skips.mask(samples), self.order.locate(samples)
+        blocks = self.open_blocks.numbers(where.pool, where.block)
+        columns = where.pool, blocks, where.row * self.data.seq_tokens
         ends = np.cumsum([0, *map(len, mine)]).tolist()
-        parts = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
-        return [
-            _Share(samples[p], fed[p], Located(where.pool[p], where.epoch[p], where.block[p], where.row[p]))
-            for p in parts
-        ]
+        parts = (slice(begin, end) for begin, end in itertools.pairwise(ends))
+        return [_Share(samples[part], fed[part], *(column[part] for column in columns)) for part in parts]
 
-    def _without(self, damage: DamagedBlock, pool: int, block: int) -> DamagedBlock:
+    def _without(self, damage: DamagedBlock, number: int) -> DamagedBlock:
         """The same, with the way to go on without the block."""
+        pool, block = self.open_blocks.place(number)
         its = self.order.pools[pool]
         line = f"{damage}; or pretrain amend RUN skip_blocks={its.source}:{its.generation}:{block} to go on without it"
         return DamagedBlock(line, damage.slice, damage.shard, damage.row)
@@ -341,11 +347,13 @@ class Stream:
         finally:
             self.open_blocks.ended = False
 
-    def _blocks(self, first_step: int, end_step: int) -> Iterator[list[tuple[int, int]]]:
-        """(pool, block) of all that each step reads."""
-        for step in range(first_step, end_step):
-            where = self._share(step).where
-            yield list(dict.fromkeys(zip(where.pool.tolist(), where.block.tolist(), strict=True)))
+    def _blocks(self, first_step: int, end_step: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The numbers of the blocks that steps read, those of many steps at a time, as they come."""
+        while first_step < end_step:
+            end = min(first_step + max(1, LOOK_AHEAD * self.ranks // self.steps.batch(first_step)), end_step)
+            numbers = np.concatenate([self._share(step).blocks for step in range(first_step, end)])
+            yield numbers[np.sort(np.unique(numbers, return_index=True)[1])]
+            first_step = end
 
 
 class Rows(NamedTuple):

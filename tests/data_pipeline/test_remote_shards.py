@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import obstore
 import pytest
 
 from configs import ConfigError, build
 from data_pipeline import files
-from data_pipeline.blocks import Block, OpenBlocks
+from data_pipeline.blocks import NONE, OpenBlocks, Wanted
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
 from data_pipeline.order import Order, Segment, Skips, Steps
@@ -30,7 +31,7 @@ from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
 from data_pipeline.summary import folder_tokenizer
 from data_pipeline.trace import documents_of
-from tests.corpora import make_corpus
+from tests.corpora import FORMAT, make_corpus
 from tests.data_pipeline.servers import KEY, Server, forget, moto
 
 T = 128
@@ -154,13 +155,13 @@ def test_a_tiny_cache_changes_nothing_but_what_is_fetched(corpus: Path, server: 
 
 def test_what_steps_will_need_is_fetched_before(corpus: Path, server: Server) -> None:
     """While the first batch is looked at, blocks of later steps arrive."""
-    needed = {key for keys in stream_of(data_of(corpus))._blocks(0, STEPS) for key in keys}
+    needed = {number for numbers in stream_of(data_of(corpus))._blocks(0, STEPS) for number in numbers.tolist()}
     batches = stream_of(data_of(f"{server.address}/a", prefetch_steps=1)).batches(0, STEPS)
     next(batches)
     deadline = time.monotonic() + 20
     while len(set(block_requests(server))) < min(len(needed), 10) and time.monotonic() < deadline:
         time.sleep(0.01)
-    first = {key for keys in stream_of(data_of(corpus))._blocks(0, 3) for key in keys}
+    first = {number for numbers in stream_of(data_of(corpus))._blocks(0, 3) for number in numbers.tolist()}
     assert len(set(block_requests(server))) >= min(len(needed), 10) > 0 and len(first) <= len(needed)
     batches.close()  # type: ignore[attr-defined]
 
@@ -275,7 +276,7 @@ def test_an_end_waits_for_no_server(corpus: Path, server: Server) -> None:
     next(batches)
     for path in server.files:
         server.faults[path] = ["stall*"]
-    stream.open_blocks.blocks.clear()
+    stream.open_blocks.held.numbers[:] = NONE
     stream.open_blocks.fetched.clear()
     time.sleep(0.1)
     begun = time.monotonic()
@@ -325,10 +326,10 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server
     """Whatever ends a fetching thread's work, the step that needs the block says so."""
     stream = stream_of(data_of(f"{server.address}/a"))
 
-    def die(block: int) -> Any:
+    def die(block: int, buffer: bytearray | None) -> Any:
         raise SystemExit(f"killed at {block}")
 
-    stream.open_blocks.shards[0].read = die  # type: ignore[method-assign]
+    stream.open_blocks.shards[0].read = die  # type: ignore[method-assign,assignment]
     with pytest.raises(SystemExit, match="killed at"):
         list(stream.batches(0, STEPS))
 
@@ -336,16 +337,16 @@ def test_a_reader_that_dies_is_an_error_and_no_hang(corpus: Path, server: Server
 def test_what_one_thread_has_promised_is_there_though_it_fails_to_look_ahead(corpus: Path, server: Server) -> None:
     """Others wait for it without end."""
     here, far = (Manifest.read(files_of(place)).shards("train", 0) for place in (corpus, f"{server.address}/a"))
-    blocks = OpenBlocks([here, far], 8)
+    blocks = OpenBlocks([here, far], T + 1, 8)
 
-    def steps() -> Iterator[list[tuple[int, int]]]:
+    def steps() -> Iterator[npt.NDArray[np.int64]]:
         raise MemoryError("no room to look ahead")
-        yield []
+        yield np.arange(0)
 
     with blocks.ahead(steps()):
         with pytest.raises(MemoryError):
-            blocks.take([(0, 0), (0, 1)])
-        assert all(isinstance(blocks.blocks[0, number], Block) for number in (0, 1))
+            blocks.fill(Wanted(np.zeros((2, T + 1), FORMAT.dtype), np.arange(2), np.zeros(2, np.int64)))
+        assert 0 in blocks.held and 1 in blocks.held and not blocks.reading
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,8 @@ def flipped(data: bytes, at: int) -> bytes:
 
 def a_block(corpus: Path, step: int) -> tuple[str, int, int]:
     """(path on the server, row, byte in its middle) of a block that a step reads."""
-    _, block = next(stream_of(data_of(corpus))._blocks(step, step + 1))[0]
+    stream = stream_of(data_of(corpus))
+    _, block = stream.open_blocks.place(int(next(stream._blocks(step, step + 1))[0]))
     shards = Manifest.open(corpus).shards("train", 0)
     shard, row = shards.locate(block)
     offset = int(np.load(shards.path(shard, "index.npy"))[row]["offset"])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from configs import ConfigError, build
 from data_pipeline.ahead import Reading
+from data_pipeline.blocks import Block, OpenBlocks, Wanted, _Held
 from data_pipeline.order import Order, Segment, Skips, Steps, cut, digest
 from data_pipeline.shards import Format, ShardError, Shards, Tokens, seal
 from data_pipeline.stream import MIB, Batch, Corpora, Data, Stream, Validation, timed
@@ -127,6 +128,12 @@ def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder:
         assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
 
 
+def hold(stream: Stream, blocks: int) -> None:
+    """Let a stream hold so few blocks at once."""
+    shards, mask = stream.open_blocks.shards, stream.data.document_mask
+    stream.open_blocks = OpenBlocks(shards, stream.data.seq_tokens + 1, blocks, with_starts=mask)
+
+
 def fed_rows(batches: Sequence[Batch]) -> Counter[tuple[int, ...]]:
     """The rows of a step that count, with their tokens, whichever rank has them."""
     pairs = [flat(batch) for batch in batches]
@@ -153,7 +160,7 @@ def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, fold
         shards = [plan.corpora.shards(plan.pools) for _ in range(ranks)]
         found = [Stream(order, steps, skips, shards[r], settings, micro, r, ranks) for r in range(ranks)]
         for stream in found:
-            stream.open_blocks.capacity = draw(st.integers(1, 9))
+            hold(stream, draw(st.integers(1, 9)))
         return found
 
     whole = [[batch] for batch in streams(1)[0].batches(0, end)]
@@ -182,14 +189,14 @@ def numbers_by_marks(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def test_a_masked_run_is_told_where_documents_begin(ranks: int, plan: Plan) -> None:
     for rank in range(ranks):
         masked, plain = (plan.stream(3, rank, ranks, document_mask=mask) for mask in (True, False))
-        masked.open_blocks.capacity = 2
+        hold(masked, 2)
         for step in range(STEPS):
             batch, without = masked.batch(step), plain.batch(step)
             assert same(batch, without) and without.documents is None
             assert batch.documents is not None and batch.documents.dtype == np.int32
             assert np.array_equal(batch.documents, numbers_by_marks(batch.tokens))
             assert batch.documents[batch.valid == 0].sum() == 0
-        assert len(masked.open_blocks.blocks) <= 2
+        assert len(masked.open_blocks.held) <= 2
 
 
 def test_masked_validation_is_told_where_documents_begin(plan: Plan) -> None:
@@ -239,11 +246,11 @@ def test_threads_read_local_blocks_at_the_same_time(plan: Plan, monkeypatch: pyt
     stream, alone = plan.stream(read_threads=2, prefetch_steps=4), plan.stream()
     barrier, met, read = threading.Barrier(2), threading.Event(), Shards.read
 
-    def together(shards: Shards, block: int) -> Tokens:
+    def together(shards: Shards, block: int, buffer: bytearray | None) -> Tokens:
         if not met.is_set():
             barrier.wait(20)
             met.set()  # once is enough
-        return read(shards, block)
+        return read(shards, block, buffer)
 
     expected = [alone.batch(step) for step in range(STEPS)]
     monkeypatch.setattr(Shards, "read", together)
@@ -272,9 +279,43 @@ def test_going_on_in_the_middle_is_the_same(plan: Plan) -> None:
 @pytest.mark.parametrize("capacity", [1, 2])
 def test_a_cache_that_is_too_small_changes_nothing(capacity: int, plan: Plan) -> None:
     stream = plan.stream(read_threads=4)
-    stream.open_blocks.capacity = capacity
+    hold(stream, capacity)
     assert all(same(batch, plan.stream().batch(batch.step)) for batch in stream.batches(0, STEPS))
-    assert len(stream.open_blocks.blocks) == capacity
+    assert len(stream.open_blocks.held) == capacity
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 1)), max_size=12)), st.integers(1, 9))
+def test_rows_come_from_the_blocks_that_are_held(steps: list[list[tuple[int, int]]], slots: int) -> None:
+    held, blocks = _Held(slots, 4, 3, np.dtype("<u2")), np.arange(31 * 5, dtype="<u2").reshape(31, 5)
+    inside: set[int] = set()
+    for step in steps:
+        numbers = np.array([number for number, _ in step], np.int64)
+        wanted = Wanted(np.zeros((len(step), 3), "<u2"), numbers, np.array([2 * row for _, row in step], np.int64))
+        missing = held.fill(wanted, np.arange(len(step))).tolist()
+        assert missing == [i for i, (number, _) in enumerate(step) if number not in inside]
+        for i, (number, row) in enumerate(step):
+            assert i in missing or wanted.rows[i].tolist() == blocks[number, 2 * row : 2 * row + 3].tolist()
+        for number in dict.fromkeys(numbers[missing].tolist()):
+            block = Block(blocks[number], None)
+            held.put(number, block, wanted.fill_from(block, number))
+            inside = {n for n in {*inside, number} if n in held}
+            assert number in inside and len(inside) == len(held) <= slots
+
+
+def test_what_is_read_through_goes_before_what_was_used_least_recently() -> None:
+    held, block = _Held(3, 4, 3, np.dtype("<u2")), Block(np.zeros(5, "<u2"), None)  # of two rows
+
+    def read(number: int) -> None:
+        assert not len(held.fill(Wanted(np.zeros((1, 3), "<u2"), np.array([number]), np.array([0])), np.arange(1)))
+
+    for number in (5, 3, 8):
+        held.put(number, block, 0)
+    for number in (5, 3, 8, 8):
+        read(number)
+    held.put(9, block, 0)
+    assert 8 not in held and 5 in held and 3 in held
+    held.put(1, block, 0)
+    assert 5 not in held and 3 in held and 9 in held
 
 
 @pytest.mark.parametrize(("vocab_size", "blocks"), [(509, 31), (70_000, 15)])
