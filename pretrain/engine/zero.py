@@ -221,8 +221,8 @@ def _lighten(engine: Any) -> bool:
     """Take from DeepSpeed's optimizer of ZeRO 1 in bf16 what costs a GPU time; whether this is that optimizer.
 
     It takes the norm tensor by tensor and waits for it on the host, twice; copies all gradients into another flat
-    tensor and back to reduce them, on one rank too; zeroes the sums twice a step; and adds an fp32 copy of each
-    gradient. Its tensors, and what lies where in them, stay as they are.
+    tensor and back to reduce them, all of them on every rank, and on one rank too; zeroes the sums twice a step; and
+    adds an fp32 copy of each gradient. Its tensors, and what lies where in them, stay as they are.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
@@ -240,13 +240,9 @@ def _lighten(engine: Any) -> bool:
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
             self.overflow = False  # the guard hears of it by the norm
-            if torch.distributed.get_world_size(self.dp_process_group) > 1:
-                for flat in self.fp32_groups_gradients_flat:
-                    torch.distributed.all_reduce(flat, group=self.dp_process_group)
-            norms = [torch.linalg.vector_norm(flat) for flat in self.fp32_groups_gradients_flat]
-            self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms))
-            pairs = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True)
-            for master, gradient in pairs:
+            mine = self.fp32_groups_gradient_flat_partition  # views into these:
+            self._global_grad_norm = _reduced(mine, self.fp32_groups_gradients_flat, self.dp_process_group)
+            for master, gradient in zip(self.fp32_groups_flat_partition, mine, strict=True):
                 master.grad = gradient
             clipped_step(self.optimizer, self._global_grad_norm, self.clip_grad or None)
             self._lazy_init_hp_params_optimizer_state()
@@ -260,6 +256,17 @@ def _lighten(engine: Any) -> bool:
     engine.optimizer.__class__ = Lighter
     engine.enable_backward_allreduce = False  # it is done in `step`
     return True
+
+
+def _reduced(mine: Sequence[Tensor], gradients: Sequence[Tensor], group: Any) -> Tensor:
+    """Sum gradients over the ranks, each rank's part of them alone: half of what an all-reduce sends. Their norm."""
+    if torch.distributed.get_world_size(group) == 1:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in gradients]))
+    for part, flat in zip(mine, gradients, strict=True):
+        torch.distributed.reduce_scatter_tensor(part, flat, group=group)
+    squares = torch.stack([torch.linalg.vector_norm(part) for part in mine]).double().square().sum()
+    torch.distributed.all_reduce(squares, group=group)
+    return squares.sqrt().float()
 
 
 class _Flats:
@@ -374,5 +381,6 @@ def _import() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.utils.nvtx.enable_nvtx = False  # two calls into the driver around each of its own
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}` is deprecated", FutureWarning)
     return deepspeed

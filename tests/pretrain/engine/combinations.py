@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -119,6 +122,25 @@ def host_reads(ranks: Ranks) -> dict[str, int]:
             live.step(fed, cases.GLOBAL_ROWS * cases.LENGTH, cases.OPTIM.rates(1.0))
         found[name] = reads.count
     return found
+
+
+def elements_sent(ranks: Ranks) -> dict[str, int]:
+    """How many numbers a step of ZeRO 1 in bf16 gives to each collective, by its name; and the parameters."""
+    live = cases.make(ranks, cases.settings("deepspeed", "bf16"))
+    sent = Counter(parameters=sum(p.numel() for p in live.module.parameters()))
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*tensors: torch.Tensor, **more: Any) -> Any:
+            sent[name] += max(tensor.numel() for tensor in tensors)
+            return call(*tensors, **more)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce_scatter_tensor"):
+            patch.setattr(torch.distributed, name, counted(name, getattr(torch.distributed, name)))
+        live.step(cases.batches(ranks, 0, 2), cases.GLOBAL_ROWS * cases.LENGTH, cases.OPTIM.rates(1.0))
+    return dict(sent)
 
 
 def graphs_and_reads(ranks: Ranks) -> tuple[dict[str, list[str]], dict[str, int]]:

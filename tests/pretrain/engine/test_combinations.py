@@ -22,7 +22,16 @@ from pretrain.models.loss import LossPlan, plan_losses
 from pretrain.models.weights import initialize
 from pretrain.objectives import Batch, NextToken
 from tests.pretrain.engine import cases
-from tests.pretrain.engine.combinations import LEVELS, PAIRWISE, bits, cross, first_losses, graphs_and_reads, half
+from tests.pretrain.engine.combinations import (
+    LEVELS,
+    PAIRWISE,
+    bits,
+    cross,
+    elements_sent,
+    first_losses,
+    graphs_and_reads,
+    half,
+)
 from tests.processes import on_ranks
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 3e-3}
@@ -63,6 +72,13 @@ def test_any_of_them_loads_what_another_saved(tmp_path: Path) -> None:
     assert len({state for state, _ in found.values()}) == 1
     (loss,) = found["torch"][1]
     assert [value for _, (value,) in found.values()] == pytest.approx([loss] * 6, abs=LOSS_TOLERANCE["bf16"])
+
+
+def test_gradients_are_summed_where_they_are_used(tmp_path: Path) -> None:
+    """Each rank gets the part that it updates: an all-reduce would send twice as much."""
+    for sent in on_ranks(tmp_path, 2, elements_sent):
+        assert sent["parameters"] <= sent["reduce_scatter_tensor"] < 1.01 * sent["parameters"]
+        assert sent["all_reduce"] < 10
 
 
 # --- recomputation and compiling --------------------------------------------------------------------------------------
