@@ -1,6 +1,6 @@
 """Tokens per second from shards to an int64 batch ready for pinning, beside other loaders: one run, the same tokens.
 
-    python -m benchmarks.loader [--peers PYTHON] [--tokens 16777216] [--rounds 3] [--latency-ms 50] [--out benchmarks]
+    python -m benchmarks.loader [--peers PYTHON] [--tokens 67108864] [--rounds 3] [--latency-ms 50] [--out benchmarks]
 
 `--peers` is the Python of an environment with mosaicml-streaming, litdata, megatron-core, megatron-energon, webdataset
 and grain; what is missing there is left out, with the reason. Each side prepares the same stream of uint16 tokens (of
@@ -706,7 +706,7 @@ def do(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=sys.executable)
-    parser.add_argument("--tokens", type=int, default=2**24)
+    parser.add_argument("--tokens", type=int, default=2**26)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency-ms", type=float, default=50.0)
     parser.add_argument("--parts", default="read,wait")

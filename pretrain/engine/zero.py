@@ -261,7 +261,8 @@ def _lighten(engine: Any) -> bool:
 def _reduced(mine: Sequence[Tensor], gradients: Sequence[Tensor], group: Any) -> Tensor:
     """Sum gradients over the ranks, each rank's part of them alone: half of what an all-reduce sends. Their norm."""
     if torch.distributed.get_world_size(group) == 1:
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in gradients]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in gradients]))
+        return norm
     for part, flat in zip(mine, gradients, strict=True):
         torch.distributed.reduce_scatter_tensor(part, flat, group=group)
     squares = torch.stack([torch.linalg.vector_norm(part) for part in mine]).double().square().sum()
