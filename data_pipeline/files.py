@@ -185,7 +185,7 @@ class _Checked:
 class Folder(_Checked):
     """A folder of this machine, or one on a mount, which is waited for longer."""
 
-    MAX_OPEN = 4  # files, of two shards: blocks are dealt from all shards, so more would seldom be asked for again
+    MAX_OPEN = 32  # files, two of a shard: more would seldom be asked for again, as blocks are dealt from all shards
 
     def __init__(self, folder: Path, patience_s: float = 0.0) -> None:
         self.folder, self.address, self.patience_s = folder, str(folder), patience_s
