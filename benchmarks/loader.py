@@ -657,17 +657,18 @@ def waits_table(found: dict[str, dict[str, Any]], latency_s: float) -> list[str]
     """The share of time that training waits."""
     lines = [
         "",
-        "| side | storage | share of time waited | longest s | batches | first batch s |",
-        "|---|---|---:|---:|---:|---:|",
+        "| side | storage | share of time waited | longest s | batches | first batch s | waited in all, with it, s |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name, side in found.items():
         for key, storage in (("wait 0", "at once"), ("wait late", f"{1e3 * latency_s:.0f} ms")):
             if key not in side:
                 continue
             it = side[key]
-            cells = ["failed: " + it["failed"], "", "", ""] if "failed" in it else [
+            cells = ["failed: " + it["failed"], "", "", "", ""] if "failed" in it else [
                 f"{it['share']:.2%}", f"{it['longest_s']:.2f}", f"{it['steps']}",
-                f"{it['first_s']:.1f}" if it["first_s"] else f"none in {WAIT_S}"]  # fmt: skip
+                f"{it['first_s']:.1f}" if it["first_s"] else f"none in {WAIT_S}",
+                f"{it['first_s'] + it['steps'] * STEP_S * it['share'] / (1 - it['share']):.1f}"]  # fmt: skip
             lines.append(f"| {name} | {storage} | " + " | ".join(cells) + " |")
     return lines
 
@@ -709,7 +710,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**26)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency-ms", type=float, default=50.0)
-    parser.add_argument("--parts", default="read,wait")
+    parser.add_argument("--parts", default="read,wait", help="with --work, what was found before stays")
     parser.add_argument("--sides", nargs="*", default=list(SIDES))
     parser.add_argument("--work", type=Path, help="a folder that is kept, with what was prepared")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
@@ -727,8 +728,11 @@ def main() -> None:
         if not (work / "stream.npy").exists():
             write_stream(work, arguments.tokens)
         latency_s = arguments.latency_ms / 1e3
+        kept = work / "found.json"
+        before = json.loads(kept.read_text()) if kept.exists() else {}
         found = measure(Run(work, arguments.peers), arguments.rounds, latency_s, arguments.parts, arguments.sides)
-        (work / "found.json").write_text(json.dumps(found, indent=1))
+        found = {name: before.get(name, {}) | side for name, side in found.items()}
+        kept.write_text(json.dumps(found, indent=1))
         tokens = len(stream(work))
     cores, today = os.cpu_count(), datetime.date.today()
     peers = Run(Path(), arguments.peers)

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=100.0)
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--trained", type=int, default=TRAINED, help="steps of training on two ranks")
-    parser.add_argument("--fetch-threads", type=int, default=16)
+    parser.add_argument("--fetch-threads", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -72,7 +72,7 @@ class Data(Section):
     open_blocks_mib: Int = Field(default=1024, gt=0)  # upper bound of the memory for open blocks, per rank
     cache: Cache | None = None  # of remote shards, on the node's own disk
     stage: Path | None = None  # a folder of the node's own disk: remote shards are copied there before the start
-    fetch_threads: Int = Field(default=16, gt=0)  # requests for remote blocks at once, per rank
+    fetch_threads: Int = Field(default=32, gt=0)  # requests for remote blocks at once, per rank
     prefetch_blocks: Int | None = Field(default=None, gt=0)  # remote blocks fetched ahead; None: half the open blocks
 
     @field_validator("sources")

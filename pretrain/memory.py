@@ -154,14 +154,17 @@ def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
     return float(elements) * width_of(engine)
 
 
-def _sums_whole(engine: DeepSpeed) -> bool:
-    """Whether it is DeepSpeed's optimizer for ZeRO 1 in bf16 alone, which sums all gradients in one flat tensor."""
+def sums_whole(engine: DeepSpeed) -> bool:
+    """Whether it is DeepSpeed's optimizer for ZeRO 1 in bf16 alone, which sums all gradients in one flat tensor.
+
+    Each rank is then sent its part of it alone.
+    """
     return engine.zero_stage == 1 and engine.precision == "bf16" and not engine.offload.optimizer
 
 
 def _sums_late(engine: EngineSettings) -> bool:
     """Whether the sums of gradients are made where the first micro-batch is reduced, and not before."""
-    return isinstance(engine, DeepSpeed) and engine.zero_stage in (1, 2) and not _sums_whole(engine)
+    return isinstance(engine, DeepSpeed) and engine.zero_stage in (1, 2) and not sums_whole(engine)
 
 
 def bucket_elements(engine: DeepSpeed, parameters: int) -> int:
@@ -179,7 +182,7 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
     copies = SUM * sent if width == 2 else 0  # gradients go in fp32
     if engine.zero_stage == 0:
         return float(SUM * sent)
-    if _sums_whole(engine):
+    if sums_whole(engine):
         return n * width + 2 * last
     if engine.zero_stage == 3:
         return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)

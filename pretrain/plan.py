@@ -33,6 +33,7 @@ from pretrain.memory import (
     largest_micro_batch,
     loss_plan_on,
     step_memory,
+    sums_whole,
     width_of,
 )  # fmt: skip
 from pretrain.meter import PEAK_FLOPS, duration
@@ -421,7 +422,7 @@ def _sent_bytes(engine: EngineSettings, n: int, width: int, ranks: int, micro_st
     gradients, weights = 4 * n, width * n
     sent = {
         0: 2 * gradients,
-        1: 2 * gradients + weights,
+        1: (1 if isinstance(engine, DeepSpeed) and sums_whole(engine) else 2) * gradients + weights,
         2: micro_steps * gradients + weights,
         3: micro_steps * (gradients + 2 * weights),
     }[stage]
