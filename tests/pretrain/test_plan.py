@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from itertools import pairwise
@@ -17,6 +18,7 @@ from pretrain import plan as plans
 from pretrain.cli import app
 from pretrain.engine.zero import DeepSpeed
 from pretrain.memory import GIB
+from pretrain.models.gpt import Gpt
 from pretrain.plan import CARDS, GPU_HOURS_PER_FAULT, PUBLISHED, Hardware, expected_mfu, load_plan, make_plan
 from tests.pretrain.fitted import a_run
 
@@ -111,6 +113,16 @@ def test_the_share_of_the_peak_lies_between_what_was_published() -> None:
             assert between == pytest.approx((low.mfu + high.mfu) / 2, abs=1e-3)
     assert "expect less" in expected_mfu("h100", 10_000_000)[1]
     assert all(card.mfu in PUBLISHED for card in CARDS.values())
+
+
+def test_a_slow_machine_is_timed_by_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for bf16 would take a minute for more."""
+    monkeypatch.undo()  # the fixed speed
+    seconds = itertools.count()
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: float(next(seconds)))
+    gpt = Gpt(width=32, **plans.TRIAL)
+    assert plans._cpu_tflops("bf16", 32) == 16 * gpt.flops_per_token(16) / 1e12
+    assert next(seconds) == 2  # one step
 
 
 @pytest.mark.parametrize(
