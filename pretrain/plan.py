@@ -74,7 +74,7 @@ class Card(NamedTuple):
 
 CARDS = {
     "h100": Card("H100", 79.1, 67e12, 450, 400, "h100"),
-    "h200": Card("H200", 139.8, 67e12, 450, 400, "h100"),
+    "h200": Card("H200", 139.8, 67e12, 450, 400, "h200"),
     "a100": Card("A100", 79.2, 19.5e12, 300, 200, "a100"),
 }
 
@@ -88,6 +88,7 @@ class Published(NamedTuple):
 
 
 MOSAIC = "llm-foundry, scripts/train/benchmarking"
+MEASURED = "benchmarks/gpu_NVIDIA-H200_2026-11-26.md, one H200, ZeRO 1"
 PUBLISHED = {
     "h100": [
         Published(124e6, 0.401, "llm.c, 8 x H100 (modded-nanogpt README)"),
@@ -109,6 +110,11 @@ PUBLISHED = {
         Published(176e9, 0.48, "BLOOM, 384 x A100, about 150 TFLOP/s, tensor and pipeline parallel"),
     ],
 }
+PUBLISHED["h200"] = [  # with this software where it was measured, larger models as on H100
+    Published(124e6, 0.439, MEASURED),
+    Published(1.3e9, 0.586, MEASURED),
+    *(row for row in PUBLISHED["h100"] if row.parameters >= 7e9),
+]
 
 
 class Hardware(Section):
