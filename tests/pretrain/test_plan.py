@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -119,7 +120,7 @@ def test_a_slow_machine_is_timed_by_a_few_tokens(monkeypatch: pytest.MonkeyPatch
     """A CPU without instructions for bf16 would take a minute for more."""
     monkeypatch.undo()  # the fixed speed
     seconds = itertools.count()
-    monkeypatch.setattr(plans.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
     gpt = Gpt(width=32, **plans.TRIAL)
     assert plans._cpu_tflops("bf16", 32) == 16 * gpt.flops_per_token(16) / 1e12
     assert next(seconds) == 2  # one step
