@@ -26,7 +26,6 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
@@ -669,6 +668,7 @@ class Shards:
         self.ends = np.cumsum(_numbers(table["blocks"]))
         self._names: dict[int, tuple[str, str]] = {}  # a value of the table takes as long as a block to read
         self._expected: dict[tuple[int, int], Entry] = {}  # rows of blocks that are about to be read
+        self._expects = True  # until one could not be had: what waits for storage is the reading
 
     @property
     def blocks(self) -> int:
@@ -711,13 +711,18 @@ class Shards:
         return self.member_with_documents(*self.locate(block), buffer)
 
     def expect(self, block: int) -> None:
-        """A block that will be read soon. What is wrong with it its reading says."""
+        """A block that will be read soon. What is wrong with it its reading says, having waited for it in vain once."""
+        if not self._expects:
+            return
         shard, row = self.locate(block)
-        with suppress(ShardError):
+        try:
             entry = self._entry(shard, row)
-            self.files.expect(self.name(shard, "tar"), entry.offset, entry.bytes)
-            if len(self._expected) < self.MAX_NAMES:
-                self._expected[shard, row] = entry
+        except ShardError:
+            self._expects = False
+            return
+        self.files.expect(self.name(shard, "tar"), entry.offset, entry.bytes)
+        if len(self._expected) < self.MAX_NAMES:
+            self._expected[shard, row] = entry
 
     def member(self, shard: int, row: int, buffer: bytearray | None = None) -> Tokens:
         """The token ids of a shard's row (the row after its last block is its tail), shape (n,)."""

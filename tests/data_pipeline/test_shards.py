@@ -628,6 +628,33 @@ def test_a_truncated_or_missing_shard_is_named(corpus: Path) -> None:
     )
 
 
+def test_blocks_that_are_expected_are_waited_for_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing holds up nobody before it is read."""
+    shards = Manifest.read(Folder(corpus, 2.0)).shards("train", 0)
+    for shard in range(len(shards)):
+        shards.path(shard, "index.npy").unlink()
+    looks: list[float] = []
+    monkeypatch.setattr("data_pipeline.files.wait", lambda seconds: looks.append(seconds))
+    monkeypatch.setattr("data_pipeline.files.time.monotonic", iter(range(10**6)).__next__)  # a second a look
+    shards.expect(0)
+    once = len(looks)
+    for block in range(shards.blocks):
+        shards.expect(block)
+    assert len(looks) == once > 0
+    with pytest.raises(ShardError, match="missing, but MANIFEST"):
+        shards.read(0)
+
+
+def test_an_expected_block_is_the_same(corpus: Path) -> None:
+    """And each time that it is read; a buffer changes nothing either."""
+    plain, shards = (Manifest.open(corpus).shards("train", 0) for _ in range(2))
+    buffer = bytearray(shards.format.block_bytes)
+    for block in range(shards.blocks):
+        shards.expect(block)
+    for block in [*range(shards.blocks)] * 2:
+        assert np.array_equal(shards.read(block, buffer), plain.read(block))
+
+
 def test_many_shards_need_few_files(tmp_path: Path) -> None:
     """As with `ulimit -n` just above what is open already."""
     written = write(tmp_path, *mixed(50), format=Format(64, 509, 508, shard_bytes=1))
