@@ -139,7 +139,8 @@ def _apportion(weights: npt.NDArray[np.float64]) -> Ints:
     """Whole places of the window by largest remainder; what has weight has at least one place."""
     if not (weights > 0).any():
         raise ConfigError("data.sources: no source has a weight above 0")
-    shares = weights / weights.sum() * WINDOW
+    total = weights[weights > 0].sum()  # numpy rounds the sum of eight and more by where they stand, zeros too
+    shares = weights / total * WINDOW
     counts: Ints = np.maximum(np.floor(shares), weights > 0).astype(np.int64)
     remainder = shares - np.floor(shares)
     while counts.sum() < WINDOW:

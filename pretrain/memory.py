@@ -300,6 +300,8 @@ def remedy(run: TrainRun, rows: int, memory: Memory) -> str:
     stage = run.engine.zero_stage if isinstance(run.engine, DeepSpeed) else 0
     if stage < 3:
         wanted = max(1, stage + 1)
+        if isinstance(run.engine, DeepSpeed):
+            return f"engine.zero_stage={wanted}, or more ranks"  # and all else of the engine as it is
         return f"engine={{kind: deepspeed, zero_stage: {wanted}, precision: {run.engine.precision}}}, or more ranks"
     if isinstance(run.engine, DeepSpeed) and not run.engine.offload.optimizer:
         return "more ranks, of which each has a smaller share; or engine.offload.optimizer=true"

@@ -52,7 +52,7 @@ GPU_HOURS_PER_FAULT = 16_384 * 54 * 24 / 419
 FAULT_SOURCE = "Dubey et al. 2024, Llama 3, table 5: 419 unexpected interruptions of 16,384 GPUs in 54 days"
 RECOMPUTED = {"none": 1.0, "selective": 1.07, "full": 4 / 3}  # Korthikanti et al. 2022, table 4; one forward of three
 TRIAL = {"layers": 2, "heads": 4, "context": 256, "vocab_size": 2048}  # of a small step that is timed on a CPU
-LONG_S = 0.5  # of such a step: a longer one tells enough
+LONG_S = 2.0  # of such a step, which is not waited for any longer
 HOST_GIB = 1500.0  # of a node of eight GPUs, as DGX have at least
 HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank's share of a host updates
 TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
@@ -474,19 +474,19 @@ def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
 def _cpu_tflops(precision: str, width: int) -> float:
     """What a training step of two layers reaches here, forward and backward: the best of some, of up to 1,024 tokens.
 
-    A CPU without instructions for bf16 takes a minute for so many.
+    A CPU without instructions for bf16 takes a minute for so many: of more tokens only while a step is short.
     """
-    gpt, best = Gpt(width=max(4, width), **TRIAL), 0.0
+    gpt, best, begun = Gpt(width=max(4, width), **TRIAL), 0.0, time.perf_counter()
     model = gpt.build().to(DTYPES[precision])
     for rows, length in ((1, 16), (1, 256), (4, 256)):
         tokens = torch.zeros(rows, length, dtype=torch.int64)
-        for _ in range(5):  # others may compute here too
-            begun = time.perf_counter()
-            model(tokens, tokens, torch.ones(tokens.shape)).backward()
-            seconds = time.perf_counter() - begun
-            best = max(best, tokens.numel() * gpt.flops_per_token(length) / seconds / 1e12)
-            if seconds > LONG_S:
+        tflop = tokens.numel() * gpt.flops_per_token(length) / 1e12
+        for _ in range(5):  # the first warms up, and others may compute here too
+            if best and (tflop / best > LONG_S or time.perf_counter() - begun > 5 * LONG_S):
                 return best
+            started = time.perf_counter()
+            model(tokens, tokens, torch.ones(tokens.shape)).backward()
+            best = max(best, tflop / (time.perf_counter() - started))
     return best
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
-from pretrain.engine.settings import Computation
+from pretrain.engine.settings import Computation, compiled
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
 from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
@@ -68,7 +68,7 @@ class PlainEngine:
             for group in optim.groups(model)
         ]
         self.optimizer = optim.over(groups)
-        self.forward = torch.compile(model, dynamic=False) if settings.compiles(ranks.device) else model
+        self.forward = compiled(model) if settings.compiles(ranks.device) else model
 
     def step(
         self,

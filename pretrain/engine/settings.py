@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -11,6 +12,7 @@ from configs import Bool, ConfigError, Section
 
 LossKind = Literal["plain", "chunked"]
 Recompute = Literal["none", "selective", "full"]
+SHAPES = 64  # for which a forward pass is compiled, at most
 
 
 class Computation(Section):
@@ -32,6 +34,16 @@ class Computation(Section):
     def compiles(self, device: torch.device) -> bool:
         """Whether the forward pass is compiled."""
         return device.type == "cuda" if self.compile is None else self.compile
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, compiled for each shape that comes: every stage of a batch-size ramp may bring one.
+
+    torch gives up after 8, with a warning, and everything from there on would be eager.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    result: Callable[..., Any] = torch.compile(forward, dynamic=False)
+    return result
 
 
 class Offload(Section):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from configs import ConfigError, Int
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
-from pretrain.engine.settings import Computation, Offload
+from pretrain.engine.settings import Computation, Offload, compiled
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
 from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
@@ -135,7 +135,7 @@ class ZeroEngine:
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # the guard decides
         if settings.compiles(ranks.device):
             # engine.compile() would have the compiler trace DeepSpeed's own hooks around the forward pass too
-            self.module.forward = torch.compile(self.module.forward, dynamic=False)
+            self.module.forward = compiled(self.module.forward)
 
     def step(
         self,

@@ -384,6 +384,17 @@ def test_an_added_source_leaves_the_past_alone(order: Order, name: str) -> None:
     assert name in {where[0] for where in located(after, np.arange(begin, begin + 100))}
 
 
+def test_a_source_added_to_many_leaves_the_past_alone() -> None:
+    """With a weight of 0 among eight and more the sum of the weights rounded otherwise."""
+    weights = {"b": 0.7, "c": 0.4, "e": 0.15, "f": 0.7, "g": 0.1, "h": 0.2, "i": 0.5, "j": 0.05}
+    first, every = Segment(0, weights, dict.fromkeys(weights, 1)), {**weights, "d": 1.0}
+    added = Segment(10**6, every, dict.fromkeys(every, 1))
+    pools = {name: Pool(name, 0, 17, 2) for name in sorted(every)}
+    before = Order(1, [pools[name] for name in weights], 4, 2, [first])
+    after = Order(1, [*pools.values()], 4, 2, [first, added])
+    assert located(after, np.arange(20_000)) == located(before, np.arange(20_000))
+
+
 def test_an_added_generation_is_drawn_in_proportion_to_its_tokens() -> None:
     pools = [Pool("a", 0, 300, 2), Pool("a", 1, 100, 2), Pool("b", 0, 50, 2)]
     segments = [Segment(0, {"a": 1, "b": 1}, {"a": 1, "b": 1}), Segment(WINDOW, {"a": 1, "b": 1}, {"a": 2, "b": 1})]

@@ -123,6 +123,13 @@ def test_none_fits_where_the_states_alone_are_too_much() -> None:
     assert largest_micro_batch(Shape.of(LARGE), Torch(), 1, 2048, 8, 16 * GIB) == 0
 
 
+def test_the_remedy_keeps_the_rest_of_an_engine() -> None:
+    model = {"kind": "gpt", "layers": 2, "width": 512, "heads": 2, "context": 1024, "vocab_size": 128}
+    engine = {"kind": "deepspeed", "zero_stage": 2, "precision": "bf16", "offload": {"optimizer": True}}
+    run = a_run(model=model, data={"seq_tokens": 32, "sources": {"a": {"shards": "a"}}}, engine=engine)
+    assert remedy(run, 1, run_memory(run, 1, 1, torch.device("cpu"))) == "engine.zero_stage=3, or more ranks"
+
+
 @pytest.mark.parametrize(
     ("changes", "rows", "said"),
     [

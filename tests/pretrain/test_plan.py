@@ -116,14 +116,17 @@ def test_the_share_of_the_peak_lies_between_what_was_published() -> None:
     assert all(card.mfu in PUBLISHED for card in CARDS.values())
 
 
-def test_a_slow_machine_is_timed_by_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without instructions for bf16 would take a minute for more."""
+@pytest.mark.parametrize(("second_s", "tokens"), [(1.0, 16), (1e-6, 1024)])
+def test_a_slow_machine_is_timed_by_a_few_tokens(second_s: float, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for bf16 would take a minute for more. A first step that is slow decides nothing."""
     monkeypatch.undo()  # the fixed speed
-    seconds = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(seconds)))
+    looks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: second_s * next(looks))
     gpt = Gpt(width=32, **plans.TRIAL)
-    assert plans._cpu_tflops("bf16", 32) == 16 * gpt.flops_per_token(16) / 1e12
-    assert next(seconds) == 2  # one step
+    expected = tokens * gpt.flops_per_token(min(tokens, 256)) / 1e12 / second_s
+    plans._cpu_tflops.cache_clear()
+    assert plans._cpu_tflops("fp32", 32) == pytest.approx(expected)
+    plans._cpu_tflops.cache_clear()
 
 
 @pytest.mark.parametrize(

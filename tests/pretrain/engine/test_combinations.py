@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from configs import ConfigError, build
 from pretrain.engine.plain import Torch
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import GOOD_STEPS, LossScale
-from pretrain.engine.settings import Recompute
+from pretrain.engine.settings import Recompute, compiled
 from pretrain.engine.zero import DeepSpeed, check_versions
 from pretrain.models.gpt import Gpt
 from pretrain.models.loss import LossPlan, plan_losses
@@ -82,6 +83,19 @@ def test_gradients_are_summed_where_they_are_used(tmp_path: Path) -> None:
 
 
 # --- recomputation and compiling --------------------------------------------------------------------------------------
+
+
+def test_each_size_of_a_ramp_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch by itself goes on eagerly after 8 of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    forward, eager = compiled(lambda rows: rows + 1), []
+    for count in range(2, 22):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        forward(torch.zeros(count))
+        eager += [count] * (torch._dynamo.utils.counters["stats"]["unique_graphs"] == before)
+    assert not eager
+    torch._dynamo.reset()
 
 
 def small(recompute: Recompute, dtype: torch.dtype = torch.float32, dropout: float = 0.1) -> torch.nn.Module:
