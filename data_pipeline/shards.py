@@ -935,7 +935,7 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
 
 
 def _from_npy(data: Bytes) -> npt.NDArray[Any]:
-    """The array of a .npy file. It lies in the bytes: not to be written to, and gone with a buffer that is used again."""
+    """The array of a .npy file. It lies in the bytes: read only, and gone with a buffer that is used again."""
     header = 10 + int.from_bytes(data[8:10], "little")
     shape, dtype = _npy_header(bytes(data[:header]))
     return np.frombuffer(data, dtype, offset=header).reshape(shape)
