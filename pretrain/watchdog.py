@@ -25,6 +25,7 @@ from pathlib import Path
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from data_pipeline.failpoints import fail_at
 from pretrain.guard import HUNG
 from pretrain.ranks import Ranks
 from pretrain.suspects import accuse
@@ -58,6 +59,8 @@ class Gossip(threading.Thread):
         self.alarm = False  # some rank hangs
         self.sounds_alarm = False  # this one does
         self.readings: list[dict[int, Beat]] | None = None
+        self.has_read = False  # and may be left alone
+        self.readers: set[int] = set()  # the ranks that have
 
     def run(self) -> None:
         while self.ranks.size > 1:
@@ -75,6 +78,9 @@ class Gossip(threading.Thread):
             self.alarm = self.alarm or store.check(["hang"])
             if self.readings is not None:
                 self.readings.append(self._read(store))
+            if self.has_read:
+                store.set(f"read/{self.ranks.rank}", "1")
+                self.readers = {rank for rank in range(self.ranks.size) if store.check([f"read/{rank}"])}
             time.sleep(self.interval_s)
 
     def listen(self) -> list[dict[int, Beat]]:
@@ -84,6 +90,13 @@ class Gossip(threading.Thread):
         while len(self.readings) < READINGS and time.monotonic() < deadline:
             time.sleep(self.interval_s / 5)
         return list(self.readings)
+
+    def wait_for(self, others: set[int]) -> None:
+        """Until these ranks have read the beats too: a rank that ends takes its connections, rank 0 the store."""
+        self.has_read = True
+        deadline = time.monotonic() + 4 * self.interval_s
+        while not others <= self.readers and time.monotonic() < deadline:
+            time.sleep(self.interval_s / 5)
 
     def _read(self, store: Store) -> dict[int, Beat]:
         keys = {rank: f"beat/{rank}" for rank in range(self.ranks.size)}
@@ -97,7 +110,7 @@ class Watchdog:
         self.ranks, self.run_folder, self.timeout_s = ranks, run_folder, timeout_s
         self.start_timeout_s = start_timeout_s
         self.limit_s = max(start_timeout_s, timeout_s)  # until `started`
-        self._stopped = False
+        self._stopped = self._ending = False
         self.interval_s = min(5.0, timeout_s / 5)
         self.on_hang: Callable[[int, str], None] = lambda step, why: None
         self._beat, self._at = Beat(0, "start", 0), time.monotonic()
@@ -127,6 +140,11 @@ class Watchdog:
         self._stopped = True
         faulthandler.cancel_dump_traceback_later()
 
+    def first(self) -> None:
+        """Where it ends this process: let it. What the main thread then raises comes of the others' ends."""
+        if self._ending:
+            self._thread.join()
+
     @property
     def where(self) -> str:
         """What this rank is at, as `evaluation at step 20`."""
@@ -143,18 +161,20 @@ class Watchdog:
 
     def _end(self, late: bool) -> None:
         """Write the stacks, name the suspect, and end this process."""
+        self._ending = True
         seconds = time.monotonic() - self._at
         me = f"rank {self.ranks.rank} ({self.ranks.hosts[self.ranks.rank]})"
         log.error("%s made no progress for %.0f s, in %s; its stacks follow", me, seconds, self.where)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self._gossip.sounds_alarm = late
+        fail_at("watchdog.stacks")
         suspects, why = self._suspects()
         log.error("%s", why)
         if self.ranks.rank == min(set(range(self.ranks.size)) - set(suspects), default=0):
             for rank in suspects:
                 accuse(self.run_folder, rank, self.ranks.hosts[rank], f"hang: {why}")
         self.on_hang(self._beat.step, why)
-        time.sleep(2 * self.interval_s)  # the launcher ends all ranks with the first: let them write
+        self._gossip.wait_for(set(range(self.ranks.size)) - set(suspects))  # the launcher ends all with the first
         sys.stderr.flush()
         os._exit(HUNG)
 

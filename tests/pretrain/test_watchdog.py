@@ -27,12 +27,16 @@ def suspects(folder: Path) -> list[dict[str, object]]:
 def test_a_stopped_rank_ends_in_every_other_ranks_stack(engine: str, ranks: int, stopped: int, tmp_path: Path) -> None:
     config = write_run(tmp_path, engine)
     (tmp_path / "run" / "logs" / "attempt-1").mkdir(parents=True)
-    variables = {"LONGHAUL_FAIL_AT": f"train.step@{stopped}#12=stop", "LONGHAUL_ATTEMPT": "1"}
+    fails = f"train.step@{stopped}#12=stop; watchdog.stacks@2=sleep:10"  # rank 2, where there is one, is late to read
+    variables = {"LONGHAUL_FAIL_AT": fails, "LONGHAUL_ATTEMPT": "1"}
     started = Started(config, ranks, "guard.hang_timeout_s=15", variables=variables)
     alive = [rank for rank in range(ranks) if rank != stopped]
-    assert [started.processes[rank].wait(200) for rank in alive] == [HUNG] * len(alive), started.text
-    started.signal(signal.SIGCONT, rank=stopped)
-    started.kill()
+    try:
+        codes = [started.processes[rank].wait(200) for rank in alive]
+    finally:
+        started.signal(signal.SIGCONT, rank=stopped)
+        started.kill()
+    assert codes == [HUNG] * len(alive), started.text
     for rank in alive:
         text = started.outputs[rank].read_text()
         assert f"rank {rank} ({HOST}) made no progress for" in text and "in step at step 1" in text
