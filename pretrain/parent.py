@@ -12,10 +12,13 @@ it is recorded in the branch's record, and the run goes on with its own checkpoi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 import configs
 from configs import ConfigError
@@ -23,11 +26,11 @@ from data_pipeline.progress import Count
 from data_pipeline.stream import Corpora
 from pretrain import checkpoint
 from pretrain.checkpoint import Committed, Damaged, Position
-from pretrain.engine import Engine
+from pretrain.engine import Engine, State
+from pretrain.engine.state import put
 from pretrain.fields import field_class
-from pretrain.models.gpt import GPT
 from pretrain.models.hugging_face import OURSELVES, read_config, read_folder, weight_files
-from pretrain.models.weights import fill, initialize
+from pretrain.models.weights import initial_value, matched
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
 from pretrain.segments import SegmentRecord, Segments, configured, first_segment, settled
@@ -105,31 +108,49 @@ def first_records(run: TrainRun, parent: Parent | None) -> list[SegmentRecord]:
     return _parent_s_records(run, checkpoint.open_checkpoint(parent.folder, parent.hash))
 
 
-def give_first_values(model: GPT, run: TrainRun, parent: Parent | None) -> None:
-    """Fill a model with what it begins with: its own random values, or the weights that `init_from` names."""
-    if parent is None or parent.kind == "fork":
-        return initialize(model, run.seed)
-    try:
-        if parent.step is None:
-            return fill(model.named_parameters(), read_folder(parent.folder, run.model), f"import {parent.folder.name}")
-        committed = checkpoint.open_checkpoint(parent.folder, parent.hash)
-        return fill(model.named_parameters(), checkpoint.read_weights(committed), f"load {committed.folder.name}")
-    except (Damaged, ValueError) as error:
-        raise ConfigError(f"init_from: {parent.name}: {error}") from None
+def give_first_values(engine: Engine, run: TrainRun, parent: Parent | None, ranks: Ranks) -> None:
+    """Fill an engine with what a run begins with. Every rank raises the same ConfigError.
 
-
-def load_fork(engine: Engine, parent: Parent, ranks: Ranks) -> None:
-    """Fill an engine with the weights and moments that `fork_from` names."""
+    Random values of its own; the weights that `init_from` names; the weights and moments that `fork_from` names.
+    """
     state, problem = engine.state(), None
     try:
-        with Count(ranks.rank == 0) as count:
-            checkpoint.load(checkpoint.open_checkpoint(parent.folder, parent.hash), state, count)
-    except Damaged as error:
+        if parent is None:
+            values = _random_values(engine.module, state, run.seed, ranks)
+            put(state, matched(state.shapes, values, "initial values"))
+        elif parent.kind == "init":
+            put(state, matched(state.shapes, read_values(run, parent), f"load {parent.folder.name}"))
+        else:
+            with Count(ranks.rank == 0) as count:
+                checkpoint.load(checkpoint.open_checkpoint(parent.folder, parent.hash), state, count)
+    except (Damaged, ValueError) as error:
         problem = str(error)
     for found in ranks.gather(problem):
         if found is not None:
-            raise ConfigError(f"fork_from: {parent.name}: {found}")
+            assert parent is not None
+            raise ConfigError(f"{parent.kind}_from: {parent.name}: {found}")
     engine.loaded(state)
+
+
+def read_values(run: TrainRun, parent: Parent) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 tensor of its full shape) of what `init_from` names. Raises Damaged, ValueError."""
+    if parent.step is None:
+        return read_folder(parent.folder, run.model)
+    return checkpoint.read_weights(checkpoint.open_checkpoint(parent.folder, parent.hash))
+
+
+def _random_values(model: Any, state: State, seed: int, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's initial value, on every rank; each matrix is drawn by one of them, several at a time."""
+    matrices = [name for name, shape in state.shapes.items() if len(shape) > 1]
+    for begin in range(0, len(matrices), ranks.size):
+        together = matrices[begin : begin + ranks.size]
+        mine = [initial_value(model, name, state.shapes[name], seed) for name in together[ranks.rank :][:1]]
+        for source, name in enumerate(together):
+            value = mine.pop() if source == ranks.rank else torch.empty(state.shapes[name])
+            yield name, ranks.spread(value.to(ranks.device), source)
+    for name, shape in state.shapes.items():
+        if len(shape) < 2:
+            yield name, initial_value(model, name, shape, seed)
 
 
 def check_same_parent(recorded: TrainRun, run: TrainRun) -> None:

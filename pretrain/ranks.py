@@ -205,6 +205,12 @@ class Ranks:
         """The sum of a CPU tensor over the ranks."""
         return self.sum_later(values).result()
 
+    def spread(self, tensor: Tensor, source: int) -> Tensor:
+        """What one rank's tensor holds, in that of every rank, on their devices."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(torch.zeros(1))

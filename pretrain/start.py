@@ -31,15 +31,7 @@ from pretrain.fields import check_same_run
 from pretrain.guard import StopSignals
 from pretrain.lineage import Lineage
 from pretrain.meter import Meter, Startup, peak_flops
-from pretrain.parent import (
-    ORIGIN,
-    Parent,
-    check_same_parent,
-    find_parent,
-    first_records,
-    give_first_values,
-    load_fork,
-)  # fmt: skip
+from pretrain.parent import ORIGIN, Parent, check_same_parent, find_parent, first_records, give_first_values
 from pretrain.ranks import Ranks
 from pretrain.restore import run_tokenizer, same_tokenizer
 from pretrain.run import TrainRun, load_run
@@ -125,14 +117,14 @@ def begin(
             tokenizer = same_tokenizer(course.corpora, ranks)
         run.preflight.check(ranks, run.run_folder)
         startup.mark("preflight")
-        run, engine = _build(run, ranks, start.parent)
+        run, engine = _build(run, ranks)
     else:
         startup.restart()
         run, engine = run.model_copy(update={"micro_batch_seqs": before.run.micro_batch_seqs}), before.engine
     startup.mark("build")
     chosen = _load_newest(start, engine, ranks)
-    if start.parent is not None and start.parent.kind == "fork":
-        load_fork(engine, start.parent, ranks)
+    if chosen is None:
+        give_first_values(engine, run, start.parent, ranks)
     position = chosen.position if chosen else start.origin
     if ranks.first(lambda: position.samples != course.steps.start(position.step)):
         raise ConfigError(f"{run.run_folder}: step {position.step} is at sample {position.samples} in its checkpoint")
@@ -204,12 +196,12 @@ def begin(
     return attempt
 
 
-def _build(run: TrainRun, ranks: Ranks, parent: Parent | None) -> tuple[TrainRun, Engine]:
-    """The engine with the run's first values; and the run, with a number for `micro_batch_seqs`."""
+def _build(run: TrainRun, ranks: Ranks) -> tuple[TrainRun, Engine]:
+    """The engine, its values still to be loaded; and the run, with a number for `micro_batch_seqs`."""
 
     def build() -> Engine:
-        model = run.model.build()
-        give_first_values(model, run, parent)
+        with torch.device("meta"):
+            model = run.model.build()
         engine: Engine = run.engine.build(model, run.optim, ranks)
         gc.collect()  # DeepSpeed leaves the weights that it was given in cycles: as much again as those that compute
         return engine

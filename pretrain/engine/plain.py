@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation, compiled
-from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.state import Fragment, Outcome, State, StepTimer, lay_out, optimizer_state, share
 from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
@@ -35,7 +35,7 @@ class Torch(Computation):
     kind: Literal["torch"] = "torch"
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> PlainEngine:
-        """An engine over a model that holds its initial values in fp32."""
+        """An engine over a model that holds its values in fp32; on the meta device: all 0, until a state is loaded."""
         return PlainEngine(self, model, optim, ranks)
 
 
@@ -44,7 +44,7 @@ class PlainEngine:
 
     def __init__(self, settings: Torch, model: nn.Module, optim: Optim, ranks: Ranks) -> None:
         settings.check_device(ranks.device)
-        self.module, self.optim, self.ranks = model.to(ranks.device), optim, ranks
+        self.module, self.optim, self.ranks = lay_out(model, ranks.device, torch.float32), optim, ranks
         self.timer = StepTimer(ranks.device)
         self.scale = LossScale() if settings.precision == "fp16" else None
         plan_losses(model, loss_plan(settings.loss, ranks.device))

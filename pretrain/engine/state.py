@@ -7,13 +7,13 @@ or number of ranks can load what any other wrote, because both speak of (paramet
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.failpoints import fail_at
 from pretrain.engine.scale import LossScale
@@ -116,6 +116,47 @@ def share(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> list[Fra
             fragments.append(Fragment(name, first, last - first, flat, first))
         position += numel
     return fragments
+
+
+@torch.no_grad()
+def put(state: State, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill a rank's masters from parameters' whole values, as they come; all else is as before the first step."""
+    held: dict[str, list[Fragment]] = {}
+    for fragment in state.held:
+        held.setdefault(fragment.name, []).append(fragment)
+    for flat in state.flats:
+        for tensor in flat.values():
+            tensor.zero_()  # padding must be finite
+    for name, value in values:
+        for fragment in held.get(name, []):
+            part = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            state.flats[fragment.flat][MASTER][fragment.offset : fragment.offset + fragment.numel].copy_(part)
+    state.steps = dict.fromkeys(state.steps, 0.0)
+
+
+def lay_out(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    then: Callable[[nn.Module], object] = lambda _: None,
+) -> nn.Module:
+    """Give a model of the meta device parameters of zeros, a module at a time; what is tied stays tied.
+
+    `then` gets each module's new parameters before those of the next one are made. Another model is moved as it is.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model.to(device)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        new = nn.ParameterList()
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device))
+                new.append(made[parameter])
+            setattr(module, key, made[parameter])
+        if len(new):
+            then(new)
+    return model
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -11,18 +11,21 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from configs import ConfigError, Int
+from pretrain.engine.plain import DTYPES
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
 from pretrain.engine.settings import Computation, Offload, compiled
-from pretrain.engine.state import Fragment, Outcome, State, StepTimer, optimizer_state, share
+from pretrain.engine.state import Fragment, Outcome, State, StepTimer, lay_out, optimizer_state, share
 from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
 from pretrain.models.loss import loss_plan, plan_losses
@@ -65,7 +68,10 @@ class DeepSpeed(Computation):
         return self
 
     def build(self, model: nn.Module, optim: Optim, ranks: Ranks) -> ZeroEngine:
-        """An engine over a model that holds its initial values in fp32."""
+        """An engine over a model that holds its values in fp32; on the meta device: all 0, until a state is loaded.
+
+        At stage 3 only one from the meta device can be larger than what a rank holds: it is sharded as it is laid out.
+        """
         return ZeroEngine(self, model, optim, ranks)
 
     def compiles(self, device: torch.device) -> bool:
@@ -121,14 +127,22 @@ class ZeroEngine:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         plan_losses(model, loss_plan(settings.loss, ranks.device))
         recompute_blocks(model, settings.recompute)
-        model = model.to(ranks.device)
-        groups = [{key: g[key] for key in ("params", "decays", "weight_decay")} for g in optim.groups(model)]
+        groups = optim.groups(model)
+        config = settings.deepspeed_config(optim.clip_norm, sum(math.prod(shape) for shape in self.shapes.values()))
+        model = lay_out(model, ranks.device, DTYPES[settings.precision], partial(_sharded, deepspeed, config))
+        named = dict(model.named_parameters())
+        groups = [
+            {"params": [named[name] for name in group["names"]]} | {k: group[k] for k in ("decays", "weight_decay")}
+            for group in groups
+        ]
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optim.over(groups),
-            config=settings.deepspeed_config(optim.clip_norm, sum(p.numel() for p in model.parameters())),
+            config=config,
             dist_init_required=False,
         )
+        if settings.zero_stage == 3 and settings.recompute == "selective":
+            _hide_fetching(self.engine.optimizer.parameter_offload.get_param_coordinator())
         self.module: nn.Module = self.engine.module
         self.averaged = 1 if _lighten(self.engine) else ranks.size  # ranks over which DeepSpeed takes the mean
         if self.scale is not None:
@@ -215,6 +229,30 @@ class ZeroEngine:
         """DeepSpeed gives no norm at stage 0: taken here from the reduced gradients, before it clips them."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
+
+
+def _sharded(deepspeed: Any, config: dict[str, Any], parameters: nn.Module) -> None:
+    """Leave this rank its part of parameters at stage 3."""
+    if config["zero_optimization"]["stage"] == 3:
+        deepspeed.zero.Init(module=parameters, config_dict_or_path=config)
+
+
+def _hide_fetching(coordinator: Any) -> None:
+    """Bring and take away weights unseen by torch's selective recomputation.
+
+    It matches each operation of a block's second pass with one of its first, and ends the run where one is left over;
+    but whether a weight is there already is another matter in each.
+    """
+    for name in ("fetch_sub_module", "release_sub_module"):
+        setattr(coordinator, name, _unseen(getattr(coordinator, name)))
+
+
+def _unseen(function: Callable[..., None]) -> Callable[..., None]:
+    def run(*arguments: Any, **named: Any) -> None:
+        with _disable_current_modes():
+            function(*arguments, **named)
+
+    return run
 
 
 def _lighten(engine: Any) -> bool:

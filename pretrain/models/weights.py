@@ -6,8 +6,9 @@ A parameter's name is its first in `named_parameters()`; a tied one has no secon
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -42,32 +43,37 @@ def initial_value(model: Initial, name: str, shape: Sequence[int], seed: int) ->
 def initialize(model: Initial, seed: int) -> None:
     """Give every parameter its initial value, in place, holding one more at a time."""
     named = list(model.named_parameters())
-    fill(
-        named,
-        ((name, initial_value(model, name, parameter.shape, seed)) for name, parameter in named),
-        "initial values",
-    )
+    fill(named, ((name, initial_value(model, name, p.shape, seed)) for name, p in named), "initial values")
 
 
 @torch.no_grad()
 def fill(
     parameters: Iterable[tuple[str, Tensor]], values: Iterable[tuple[str, Tensor]], title: str = "weights"
 ) -> None:
-    """Copy values into the parameters of the same name, cast to their dtypes; rank 0 shows how far it is.
+    """Copy values into the parameters of the same name, cast to their dtypes. See `matched`."""
+    named = dict(parameters)
+    for name, value in matched({name: tuple(p.shape) for name, p in named.items()}, values, title):
+        named[name].copy_(value)
 
-    Raises ValueError unless every parameter gets exactly one value, of its shape.
+
+def matched(
+    shapes: Mapping[str, Sequence[int]], values: Iterable[tuple[str, Tensor]], title: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The values as they come; rank 0 shows how far it is.
+
+    Raises ValueError unless every parameter of `shapes` gets exactly one value, of its shape.
     """
-    waiting = dict(parameters)
-    total, done = sum(parameter.numel() for parameter in waiting.values()), 0
+    waiting = dict(shapes)
+    total, done = sum(math.prod(shape) for shape in waiting.values()), 0
     with Count(os.environ.get("RANK", "0") == "0") as count:
         for name, value in values:
-            parameter = waiting.pop(name, None)
-            if parameter is None:
+            shape = waiting.pop(name, None)
+            if shape is None:
                 raise ValueError(f"{name}: given twice, or no parameter of this model")
-            if parameter.shape != value.shape:
-                raise ValueError(f"{name}: the model has shape {list(parameter.shape)}, the value {list(value.shape)}")
-            parameter.copy_(value)
-            done += parameter.numel()
+            if list(shape) != list(value.shape):
+                raise ValueError(f"{name}: the model has shape {list(shape)}, the value {list(value.shape)}")
+            yield name, value
+            done += value.numel()
             count(done, total, title, "parameters")
     if waiting:
         raise ValueError(f"{next(iter(waiting))}: no value given, as for {len(waiting)} parameters in all")

@@ -25,7 +25,7 @@ from pretrain.generate import Sampling, sample
 from pretrain.models.gpt import GPT
 from pretrain.models.hugging_face import read_folder
 from pretrain.models.weights import fill
-from pretrain.parent import find_parent, give_first_values
+from pretrain.parent import find_parent, read_values
 from pretrain.restore import opened
 from pretrain.run import TrainRun
 from pretrain.track import Journal
@@ -100,7 +100,7 @@ def test_a_run_begins_from_it_with_the_same_weights(made: Made, tmp_path: Path) 
     parent = find_parent(other)
     assert parent is not None and parent.step is None
     begun = run.model.build()
-    give_first_values(begun, other, parent)
+    fill(begun.named_parameters(), read_values(other, parent))
     for (name, value), wanted in zip(begun.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(value, wanted), name
     for update, said in (

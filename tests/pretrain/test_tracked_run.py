@@ -10,7 +10,8 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pretrain import checkpoint, report
-from pretrain.parent import find_parent, give_first_values
+from pretrain.models.weights import fill
+from pretrain.parent import find_parent, read_values
 from pretrain.run import load_run
 from pretrain.start import examine
 from pretrain.track import sync
@@ -66,7 +67,7 @@ def test_a_new_run_begins_from_the_best_checkpoint(config: Path) -> None:
     assert parent.folder == best
     assert find_model(new.track[0], "models:/small@latest")[0].name == "step-20.b1"
     model = new.model.build()
-    give_first_values(model, new, parent)
+    fill(model.named_parameters(), read_values(new, parent))
     weights = dict(checkpoint.read_weights(checkpoint.open_checkpoint(best)))
     assert weights and all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs import build
 from pretrain import checkpoint, replicas
 from pretrain.checkpoint import Checkpoints, Position, Saver
-from pretrain.engine import Engine, Tally
+from pretrain.engine import Engine, Tally, zero
 from pretrain.engine.plain import PlainEngine, Torch
-from pretrain.engine.state import MASTER
+from pretrain.engine.state import MASTER, put
 from pretrain.engine.zero import DeepSpeed
 from pretrain.lineage import Lineage
 from pretrain.models.gpt import Gpt
-from pretrain.models.weights import initialize
+from pretrain.models.weights import initial_value
 from pretrain.objectives import Batch, NextToken
 from pretrain.optim import AdamW, Rates
 from pretrain.ranks import Ranks
@@ -37,9 +41,14 @@ def settings(kind: str, precision: str, stage: int = 1, **more: Any) -> Torch | 
 
 
 def make(ranks: Ranks, engine: Torch | DeepSpeed) -> Engine:
-    model = MODEL.build()
-    initialize(model, seed=1)
-    return engine.build(model, OPTIM, ranks)
+    """As a run makes it: empty, then filled with its initial values."""
+    with torch.device("meta"):
+        model = MODEL.build()
+    live = engine.build(model, OPTIM, ranks)
+    state = live.state()
+    put(state, ((name, initial_value(model, name, shape, seed=1)) for name, shape in state.shapes.items()))
+    live.loaded(state)
+    return live
 
 
 def batches(ranks: Ranks, step: int, micro_rows: int) -> list[Batch]:
@@ -219,6 +228,37 @@ def left_after_release(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[i
         live.release()
         found.append(_tensor_bytes() - before)
     return found
+
+
+def initial_hashes(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[str]:
+    """Of the state of each engine, by the weights of a run's seed, before its first step."""
+    return [state_hash(ranks, make(ranks, engine)) for engine in engines]
+
+
+def most_while_built(alone: Ranks, model: Gpt, engine: Torch | DeepSpeed) -> int:
+    """Bytes of tensors, at the most, while rank 0 of eight builds an engine and fills it. For a process of its own.
+
+    The others are torch's fake process group, whose collectives do nothing.
+    """
+    dist.destroy_process_group()
+    os.environ["WORLD_SIZE"] = "8"
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    alone.cpu = dist.group.WORLD
+    zero.BUCKET = 2**20  # gradients that are reduced at a time have a buffer: small beside this model
+    tracker = MemTracker()
+    with torch.device("meta"):
+        empty = model.build()
+    with tracker:
+        state = engine.build(empty, OPTIM, alone).state()
+        put(state, ((name, torch.ones(shape)) for name, shape in state.shapes.items()))
+    return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+
+
+def losses_of_weights_that_come_and_go(ranks: Ranks, engines: list[DeepSpeed]) -> list[list[float]]:
+    """Of each engine, at stage 3 with no weight kept on every rank because it is small."""
+    whole, patched = DeepSpeed._zero_config, cast(Any, DeepSpeed)
+    patched._zero_config = lambda self, count: whole(self, count) | {"stage3_param_persistence_threshold": 0}
+    return [losses(ranks, engine, 3) for engine in engines]
 
 
 def _tensor_bytes() -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs import ConfigError
+from pretrain.models.gpt import Gpt
 from tests.pretrain.engine import cases
 from tests.processes import on_ranks
 
@@ -37,6 +38,29 @@ def test_micro_batches_and_ranks_change_nothing(tmp_path: Path, reference: dict[
     for ranks, rows in ((1, 12), (2, 5), (3, 3)):
         losses = on_ranks(tmp_path, ranks, cases.losses, cases.settings("torch", "fp32"), 5, rows)[0]
         assert losses == pytest.approx(reference["fp32"], abs=LOSS_TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_engine_begins_with_the_same_bits(ranks: int, tmp_path: Path) -> None:
+    of = [("torch", "fp32", 0), ("torch", "bf16", 0), ("deepspeed", "fp32", 0)]
+    of += [("deepspeed", precision, stage) for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
+    hashes = on_ranks(tmp_path, ranks, cases.initial_hashes, [cases.settings(*each) for each in of])[0]
+    assert len(set(hashes)) == 1, dict(zip(of, hashes, strict=True))
+
+
+def test_stage_3_never_holds_a_whole_model(tmp_path: Path) -> None:
+    model = Gpt(layers=24, width=512, heads=8, context=64, vocab_size=512)
+    engine = cases.settings("deepspeed", "fp32", 3)
+    whole, matrix = 4 * model.parameter_count(), 4 * 4 * 512 * 512
+    (peak,) = on_ranks(tmp_path, 1, cases.most_while_built, model, engine)
+    parts = 5  # a rank's share of weights, gradients, masters and both moments
+    assert peak < parts * whole / 8 + 6 * matrix < whole
+
+
+def test_recomputing_at_stage_3_where_every_weight_comes_and_goes(tmp_path: Path) -> None:
+    kinds = [cases.settings("deepspeed", "fp32", 3, recompute=kind) for kind in ("none", "selective", "full")]
+    kept, *again = on_ranks(tmp_path, 2, cases.losses_of_weights_that_come_and_go, kinds)[0]
+    assert again == [kept, kept]
 
 
 def test_stage_0_in_bf16_is_refused() -> None:
