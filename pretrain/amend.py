@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs import ConfigError
+from data_pipeline.failpoints import fail_at
 from data_pipeline.stream import Corpora
 from pretrain import checkpoint, withdrawn
 from pretrain.checkpoint import Committed, Damaged
-from pretrain.lineage import Lineage
-from pretrain.run import TrainRun, load_run
+from pretrain.lineage import AMEND, Lineage
+from pretrain.run import TrainRun, begun_run
 from pretrain.segments import FORMAT_VERSION, SegmentRecord, Segments, amended_segment, plan_course
 from pretrain.trace import fed_steps
+from pretrain.track.journal import branch_files, records_of
 
 MOST_IDS = 20  # that are named
 
@@ -25,24 +27,52 @@ def amend(run: Path, changes: Sequence[str], tell: Callable[[str], None] = lambd
     is given lines on what was withdrawn. Raises ConfigError where a change is not one of course, or the run cannot go
     on with it.
     """
-    loaded = load_run(run)
+    loaded = begun_run(run)
     folder = loaded.run_folder
-    if (folder / "run.yaml").is_file():
-        loaded = load_run(folder)
     committed = _newest(folder, tell)
     records = Segments(folder).read()
     of_course, withdrawing = withdrawn.split(changes)
     record, amended = amended_segment(loaded, records, of_course, committed.position.samples)
     record = _withdrawing(record, records, amended, withdrawing, loaded, tell)
     try:
-        plan_course(loaded, [*records, record])
+        course = plan_course(loaded, [*records, record])
+        if course.end_step < committed.position.step:
+            raise ConfigError(
+                f"train_tokens: {amended.train_tokens}, but {committed.position.samples * loaded.data.seq_tokens} are "
+                f"trained, at step {committed.position.step}; expected at least these, with which the run ends there"
+            )
     except ConfigError:
         if record.withdrawn is not None:
             record.withdrawn.remove(unless={name for r in records if r.withdrawn for name in r.withdrawn.files})
         raise
-    Lineage(folder).take(committed.branch, committed.position.step, committed.manifest_hash, "amend")
+    if (at_work := _at_work(folder, committed.position.step)) is not None:
+        tell(at_work)
+    lineage = Lineage(folder)
+    mine = _take(lineage, committed)
+    fail_at("amend.taken")
     Segments(folder).write(record)
+    if lineage.highest() > mine:  # an attempt that began in between may not have read the record: it is taken over
+        _take(lineage, committed)
     return record
+
+
+def _take(lineage: Lineage, committed: Committed) -> int:
+    return lineage.take(committed.branch, committed.position.step, committed.manifest_hash, AMEND).branch
+
+
+def _at_work(run_folder: Path, step: int) -> str | None:
+    """A line on the newest attempt where it has not written its end, and on its steps since the checkpoint."""
+    branch = max(Lineage(run_folder).branches().values(), key=lambda each: each.branch)
+    path = branch_files(run_folder).get(branch.branch)
+    if branch.why == AMEND or path is None:
+        return None
+    last = step
+    for record, _ in records_of(path, 0):
+        if record.type == "end":
+            return None
+        last = max(last, record.step)
+    lost = f", and its steps {step + 1} to {last} are trained again" if last > step else ""
+    return f"the attempt on {branch.host} (pid {branch.pid}) has not ended: where it still runs, it stops{lost}"
 
 
 def _newest(run_folder: Path, tell: Callable[[str], None]) -> Committed:

@@ -113,11 +113,11 @@ def trace(
     if (step is None) == (doc is None):
         raise ConfigError("trace: expected --step S [--rank R] or --doc ID")
     from data_pipeline.progress import Elapsed
-    from pretrain.run import load_run
+    from pretrain.run import begun_run
     from pretrain.trace import trace_document, trace_step
 
     _show_progress()
-    loaded = load_run(run)
+    loaded = begun_run(run)
     if step is not None:
         with Elapsed(f"trace of step {step}", at_once=True):
             seen = trace_step(loaded, step, rank, ranks)
@@ -284,10 +284,10 @@ def verify(
     from dataclasses import asdict
 
     from data_pipeline.progress import Count
-    from pretrain.run import load_run
+    from pretrain.run import begun_run
     from pretrain.verify import verify_run
 
-    loaded = load_run(run)
+    loaded = begun_run(run)
     deep = deep or workers is not None
     with Count() as look:
         tell = lambda line: print(f"pretrain: {line}", file=sys.stderr)  # noqa: E731

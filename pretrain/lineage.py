@@ -20,6 +20,7 @@ from configs import ConfigError
 from data_pipeline.shards import sync_folder
 
 FORMAT_VERSION = 1
+AMEND = "amend"  # why a branch is there that no attempt has taken
 
 
 class TakenOver(Exception):

@@ -148,3 +148,28 @@ def load_run(path: Path, overrides: list[str] | None = None) -> TrainRun:
     run = configs.load(TrainRun, source, overrides or [])
     tree = run.model_dump() | ({"run_folder": path} if path.is_dir() else {})
     return configs.build(TrainRun, configs.absolute(tree), str(source))
+
+
+def begun_run(path: Path) -> TrainRun:
+    """The run of a config file or a run folder as it was begun, for a look at its data from any machine.
+
+    Where the data lie is what a config says; what they are, and all of the course, is what RUN/run.yaml says. The
+    cache is the training nodes' own, and left out. Raises ConfigError.
+    """
+    given = load_run(path)
+    begun = (given.run_folder / "run.yaml").is_file()
+    run = found_at(load_run(given.run_folder), given) if begun else given
+    return run.model_copy(update={"data": run.data.model_copy(update={"cache": None})})
+
+
+def found_at(recorded: TrainRun, given: TrainRun) -> TrainRun:
+    """A recorded run whose data lie where another configuration of it says: the free fields of its `data`."""
+    tree, theirs = recorded.model_dump(mode="json"), given.model_dump(mode="json")["data"]
+    for key in theirs.keys() - {"sources"}:
+        if field_class(f"data.{key}") == "free":
+            tree["data"][key] = theirs[key]
+    for name in tree["data"]["sources"].keys() & theirs["sources"].keys():
+        for key, value in theirs["sources"][name].items():
+            if field_class(f"data.sources.{name}.{key}") == "free":
+                tree["data"]["sources"][name][key] = value
+    return configs.build(TrainRun, tree, str(recorded.run_folder))

@@ -29,12 +29,12 @@ from pretrain.engine import Engine
 from pretrain.evaluate import check_tasks
 from pretrain.fields import check_same_run
 from pretrain.guard import StopSignals
-from pretrain.lineage import Lineage
+from pretrain.lineage import AMEND, Lineage, TakenOver
 from pretrain.meter import Meter, Startup, peak_flops
 from pretrain.parent import ORIGIN, Parent, check_same_parent, find_parent, first_records, give_first_values
 from pretrain.ranks import Ranks
 from pretrain.restore import run_tokenizer, same_tokenizer
-from pretrain.run import TrainRun, load_run
+from pretrain.run import TrainRun, found_at, load_run
 from pretrain.segments import Course, SegmentRecord, Segments, advice, plan_course
 from pretrain.suspects import ATTEMPT
 from pretrain.track import Journal, measure_system, start_trackers
@@ -57,6 +57,7 @@ class Start:
     why: str = "start"
     newest_step: int = 0  # of the checkpoints to try, damaged ones too
     parent: Parent | None = None  # what a new run begins from, until it has a checkpoint of its own
+    highest: int = 0  # branch before the records were read
 
     @property
     def origin(self) -> Position:
@@ -70,7 +71,8 @@ def examine(run: TrainRun) -> Start:
     if run.evaluation.needs_tokenizer:
         run_tokenizer(run)  # where there is none, it is said before anything begins
     folder = run.run_folder
-    begun = Lineage(folder).highest() > 0
+    highest = Lineage(folder).highest()
+    begun = highest > 0
     if run.resume == "never" and begun:
         raise ConfigError(f"resume: never, but {folder} holds a run; give another run_folder, or set resume=auto")
     if run.resume not in ("auto", "never") and not begun:
@@ -93,9 +95,11 @@ def examine(run: TrainRun) -> Start:
     if candidates:
         newest = checkpoint.NAME.fullmatch(folders[0].name)
         assert newest is not None
-        return Start(records, candidates, damaged, fresh=False, why=_why(run), newest_step=int(newest[1]))
+        return Start(records, candidates, damaged, fresh=False, why=_why(run), newest_step=int(newest[1]),
+                     highest=highest)  # fmt: skip
     parent = find_parent(recorded)
-    return Start(records, [], [], fresh=False, why=parent.why if parent else "start", parent=parent)
+    why = parent.why if parent else "start"
+    return Start(records, [], [], fresh=False, why=why, parent=parent, highest=highest)
 
 
 def begin(
@@ -248,6 +252,10 @@ def _open_run(run: TrainRun) -> Start:
         write_durably(run.run_folder / "run.yaml", configs.dump(run).encode())
         for record in start.records:
             Segments(run.run_folder).write(record)
+        return start
+    recorded = load_run(run.run_folder)
+    if (now := found_at(recorded, run)) != recorded:  # shards that were moved: for those who ask RUN alone
+        write_durably(run.run_folder / "run.yaml", configs.dump(now).encode())
     return start
 
 
@@ -374,12 +382,17 @@ def _open_patiently(folder: Path, manifest_hash: str, patience_s: float = 30.0) 
 
 
 def _take_branch(run: TrainRun, chosen: Committed | None, start: Start) -> int:
+    """The branch of this attempt. Raises TakenOver where the run was amended after its records were read."""
+    fail_at("start.branch")
     lineage = Lineage(run.run_folder)
     if chosen is None:
         origin = start.parent.record if start.parent else None
         branch = lineage.take(None, start.origin.step, None, start.why, origin).branch
     else:
         branch = lineage.take(chosen.branch, chosen.position.step, chosen.manifest_hash, start.why).branch
+    between = [record for number, record in lineage.branches().items() if start.highest < number < branch]
+    if any(record.why == AMEND for record in between) or len(Segments(run.run_folder).read()) > len(start.records):
+        raise TakenOver(f"{run.run_folder} was amended while this attempt started; start it again")
     checkpoint.sweep(run.run_folder)
     return branch
 

@@ -135,7 +135,7 @@ def find(
     """
     what: list[str] = []
     spans: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
-    given: list[str] = []
+    files: dict[str, list[str]] = {}
     held: list[tuple[str, Held]] = []
     unknown: list[str] = []
     for change in changes:
@@ -146,12 +146,13 @@ def find(
             spans[key].append((blocks.start * rows, blocks.stop * rows))
             what.append(change)
         else:
-            given += (ids := read_ids(Path(value)))
-            what.append(f"{change} ({len(ids)} ids)")
+            files[change] = read_ids(Path(value))
+    given = [id for ids in files.values() for id in ids]
     if given:
         held = list(documents(corpora, generations, given))
         known = {name for source, document in held for name in (document.id, f"{source}:{document.id}")}
         unknown = [id for id in given if id not in known]
+        what += [f"{change} ({len(known.intersection(ids))} of {len(ids)} ids found)" for change, ids in files.items()]
     if earlier:
         added = list(documents(corpora, generations, earlier, before))
         what += [f"{len(added)} documents of earlier takedowns in what was added"] if added else []
