@@ -114,7 +114,10 @@ def step_memory(
     head = _loss_bytes(shape, width, tokens, loss or LossPlan(), compiles)
     first_block = tokens * _block_per_token(shape, width, engine.recompute) + width * shape.embedding
     late = states.gradients if not accumulates and _sums_late(engine) else 0.0
-    backward = kept + max(head, first_block) + _held_to_communicate(shape, engine)
+    held = _held_to_communicate(shape, engine)
+    filled_later = isinstance(engine, DeepSpeed) and (engine.zero_stage == 2 or not accumulates)  # than the loss
+    at_loss = 0.0 if filled_later and engine.zero_stage < 3 else held
+    backward = kept + max(head + at_loss, first_block + held)
     rest = max(backward, late + _reduction_bytes(shape, engine, ranks)) - kept - head
     gradients = states.gradients - late + min(late, rest)
     return Memory(
@@ -149,7 +152,7 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
 
 
 def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
-    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered.
+    """What lies there during the backward pass: DeepSpeed's bucket, or at stage 3 the weights that are gathered.
 
     At stage 1 gradients stay where they are made (`contiguous_gradients: false`), and no bucket is filled, unless the
     optimizer is offloaded, which fills it with their sums.
