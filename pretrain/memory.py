@@ -115,9 +115,9 @@ def step_memory(
     first_block = tokens * _block_per_token(shape, width, engine.recompute) + width * shape.embedding
     late = states.gradients if not accumulates and _sums_late(engine) else 0.0
     held = _held_to_communicate(shape, engine)
-    filled_later = isinstance(engine, DeepSpeed) and (engine.zero_stage == 2 or not accumulates)  # than the loss
-    at_loss = 0.0 if filled_later and engine.zero_stage < 3 else held
-    backward = kept + max(head + at_loss, first_block + held)
+    stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
+    early = stage == 3 or (stage == 1 and accumulates)  # else the bucket is made after the loss, and goes before another
+    backward = kept + max(head + (held if early else 0.0), first_block + held)
     rest = max(backward, late + _reduction_bytes(shape, engine, ranks)) - kept - head
     gradients = states.gradients - late + min(late, rest)
     return Memory(
