@@ -116,7 +116,7 @@ def step_memory(
     late = states.gradients if not accumulates and _sums_late(engine) else 0.0
     held = _held_to_communicate(shape, engine)
     stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
-    early = stage == 3 or (stage == 1 and accumulates)  # else the bucket is made after the loss, and goes before another
+    early = stage == 3 or (stage == 1 and accumulates)  # else its bucket comes after the loss and goes before
     backward = kept + max(head + (held if early else 0.0), first_block + held)
     rest = max(backward, late + _reduction_bytes(shape, engine, ranks)) - kept - head
     gradients = states.gradients - late + min(late, rest)
@@ -249,12 +249,21 @@ def largest_micro_batch(
     shape: Shape, engine: EngineSettings, ranks: int, seq_tokens: int, most: int, capacity: float,
     loss: LossPlan | None = None, compiles: bool = False,
 ) -> int:  # fmt: skip
-    """The most sequences, up to `most`, of which a step fits into `capacity` bytes; 0 where one does not."""
-    low, high = 0, most
+    """The most sequences, up to `most`, of which a step fits into `capacity` bytes; 0 where one does not.
+
+    A step of all of them at once adds nothing up.
+    """
+
+    def fits(rows: int) -> bool:
+        need = step_memory(shape, engine, ranks, rows * seq_tokens, loss, compiles, accumulates=rows < most)
+        return need.total <= capacity
+
+    if fits(most):
+        return most
+    low, high = 0, most - 1
     while low < high:
         middle = (low + high + 1) // 2
-        need = step_memory(shape, engine, ranks, middle * seq_tokens, loss, compiles)
-        low, high = (middle, high) if need.total <= capacity else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 
