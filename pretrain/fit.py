@@ -144,13 +144,19 @@ class _Together:
 
 
 def _fits(run: TrainRun, ranks: Ranks, engine: Engine, rows: int) -> bool:
-    """Whether a step of one such micro-batch fits. It changes nothing: its rows count for nothing, its rates are 0."""
+    """Whether a step of such micro-batches fits. It changes nothing: its rows count for nothing, its rates are 0.
+
+    It has two of them where a step of the run has more than one: the second comes beside the gradients of the first.
+    """
     length = run.data.seq_tokens
+    count = min(2, math.ceil(run.batch_seqs / ranks.size / rows))
     tokens = torch.zeros(rows, length + 1, dtype=torch.int64, device=ranks.device)
-    batch = run.objective.batch(tokens, torch.zeros(rows, dtype=torch.int64, device=ranks.device))
+    documents = torch.zeros(rows, length, dtype=torch.int32, device=ranks.device) if run.data.document_mask else None
+    batch = run.objective.batch(tokens, torch.zeros(rows, dtype=torch.int64, device=ranks.device), documents)
     try:
         fail_at("fit.step", rows)
-        tally = Tally([batch], torch.zeros(1, rows, dtype=torch.int64, device=ranks.device), 1)  # as in a run
+        sources = torch.zeros(count, rows, dtype=torch.int64, device=ranks.device)
+        tally = Tally([batch] * count, sources, 1)  # as in a run
         engine.step(tally.batches, 1, Rates(lr=0.0, weight_decay=0.0), tally=tally)
     except Exception as error:
         if not is_out_of_memory(error):

@@ -114,8 +114,11 @@ def step_memory(
     head = _loss_bytes(shape, width, tokens, loss or LossPlan(), compiles)
     first_block = tokens * _block_per_token(shape, width, engine.recompute) + width * shape.embedding
     late = states.gradients if not accumulates and _sums_late(engine) else 0.0
-    backward = kept + max(head, first_block) + _held_to_communicate(shape, engine)
-    rest = max(backward, late + _reduction_bytes(shape, engine)) - kept - head
+    held = _held_to_communicate(shape, engine)
+    stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
+    early = stage == 3 or (stage == 1 and accumulates)  # else its bucket comes after the loss and goes before
+    backward = kept + max(head + (held if early else 0.0), first_block + held)
+    rest = max(backward, late + _reduction_bytes(shape, engine, ranks)) - kept - head
     gradients = states.gradients - late + min(late, rest)
     return Memory(
         states.weights, gradients, states.optimizer, kept, head, states.buffers + rest - min(late, rest), states.host
@@ -135,23 +138,31 @@ def _states(shape: Shape, engine: EngineSettings, ranks: int) -> Memory:
     gradients = n * SUM * (share if stage >= 2 else 1.0)
     held = n * (MASTER + MOMENTS) * share
     host = 0.0
+    buffers = float(bucket_elements(engine, n)) * SUM if stage == 3 else 0.0  # the bucket is held all the time
     if engine.offload.optimizer:
-        host, held, gradients = held + n * SUM * share, 0.0, 0.0
+        host, held = held + n * SUM * share, 0.0  # the masters' gradients
+        if stage == 3 or (stage == 2 and width == 4):
+            host, gradients = host + n * SUM * share, 0.0  # added up there; else here, and sent at the end of a step
+        if stage < 3:
+            largest = float(width * max(shape.embedding, shape.inner * shape.width))  # one parameter, on its way
+            buffers, host = buffers + largest, host + largest + n * width * share  # and the weights that compute
     if engine.offload.parameters:
         host, weights = host + weights, 0.0
-    buffers = float(bucket_elements(engine, n)) * SUM if stage == 3 else 0.0  # the bucket is held all the time
     return Memory(weights, gradients, held, 0, 0, buffers, host)
 
 
 def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
-    """What lies there during the backward pass: DeepSpeed's bucket, and at stage 3 the weights that are gathered.
+    """What lies there during the backward pass: DeepSpeed's bucket, or at stage 3 the weights that are gathered.
 
-    At stage 1 gradients stay where they are made (`contiguous_gradients: false`), and no bucket is filled.
+    At stage 1 gradients stay where they are made (`contiguous_gradients: false`), and no bucket is filled, unless the
+    optimizer is offloaded, which fills it with their sums.
     """
-    if not isinstance(engine, DeepSpeed) or engine.zero_stage < 2:
+    if not isinstance(engine, DeepSpeed) or (engine.zero_stage < 2 and not engine.offload.optimizer):
         return 0.0
-    elements = min(shape.parameters, GATHERED) if engine.zero_stage == 3 else bucket_elements(engine, shape.parameters)
-    return float(elements) * width_of(engine)
+    if engine.zero_stage == 3:
+        return float(min(shape.parameters, GATHERED)) * width_of(engine)
+    width = SUM if engine.zero_stage == 1 else width_of(engine)
+    return float(bucket_elements(engine, shape.parameters)) * width
 
 
 def sums_whole(engine: DeepSpeed) -> bool:
@@ -172,7 +183,7 @@ def bucket_elements(engine: DeepSpeed, parameters: int) -> int:
     return int(engine.deepspeed_config(None, parameters)["zero_optimization"]["reduce_bucket_size"])
 
 
-def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
+def _reduction_bytes(shape: Shape, engine: EngineSettings, ranks: int) -> float:
     """What is needed, above the states, while the gradients of a micro-batch are added up and reduced."""
     n, width = shape.parameters, width_of(engine)
     last = float(width * shape.embedding)  # of the tied embedding, which gets two gradients, and their sum
@@ -186,6 +197,9 @@ def _reduction_bytes(shape: Shape, engine: EngineSettings) -> float:
         return n * width + 2 * last
     if engine.zero_stage == 3:
         return max(float(SUM * sent), _held_to_communicate(shape, engine) + width * sent)
+    if engine.zero_stage == 1 and engine.offload.optimizer:  # in bf16 and fp16 this rank's part of the sums is apart
+        own = SUM * n / ranks if width == 2 else 0.0
+        return _held_to_communicate(shape, engine) + SUM * sent + own
     return _held_to_communicate(shape, engine) + width * sent + copies  # what is sent goes as one tensor
 
 
@@ -235,12 +249,21 @@ def largest_micro_batch(
     shape: Shape, engine: EngineSettings, ranks: int, seq_tokens: int, most: int, capacity: float,
     loss: LossPlan | None = None, compiles: bool = False,
 ) -> int:  # fmt: skip
-    """The most sequences, up to `most`, of which a step fits into `capacity` bytes; 0 where one does not."""
-    low, high = 0, most
+    """The most sequences, up to `most`, of which a step fits into `capacity` bytes; 0 where one does not.
+
+    A step of all of them at once adds nothing up.
+    """
+
+    def fits(rows: int) -> bool:
+        need = step_memory(shape, engine, ranks, rows * seq_tokens, loss, compiles, accumulates=rows < most)
+        return need.total <= capacity
+
+    if fits(most):
+        return most
+    low, high = 0, most - 1
     while low < high:
         middle = (low + high + 1) // 2
-        need = step_memory(shape, engine, ranks, middle * seq_tokens, loss, compiles)
-        low, high = (middle, high) if need.total <= capacity else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
 
 

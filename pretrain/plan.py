@@ -7,6 +7,7 @@ that card, and the bytes that ranks send each other at the rates of data sheets.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import psutil
 import torch
+import yaml
 from pydantic import Field
 
 import configs
@@ -53,12 +55,15 @@ FAULT_SOURCE = "Dubey et al. 2024, Llama 3, table 5: 419 unexpected interruption
 RECOMPUTED = {"none": 1.0, "selective": 1.07, "full": 4 / 3}  # Korthikanti et al. 2022, table 4; one forward of three
 TRIAL = {"layers": 2, "heads": 4, "context": 256, "vocab_size": 2048}  # of a small step that is timed on a CPU
 LONG_S = 2.0  # of such a step, which is not waited for any longer
+LAYER_S = 0.3e-3  # that no micro-step is shorter than, for each layer: some 60 kernels are started at 5 us each
 HOST_GIB = 1500.0  # of a node of eight GPUs, as DGX have at least
 HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank's share of a host updates
 TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
 MODEL_BATCH = 1 << 19  # tokens of a step, where a model is planned without a run
 SAME_SPEED = 0.98  # of the fastest: the simpler way is taken
 MOST_NODES = 1 << 16
+LEAST_HELD_S = 0.1  # of a save, whatever its size: ranks wait for each other
+LEAST_INTERVAL_S = 60.0  # between saves
 
 
 class Card(NamedTuple):
@@ -126,10 +131,11 @@ class Hardware(Section):
     memory_gib: Float | None = Field(default=None, gt=0)  # of a GPU; null: the card's
     link_gb_s: Float | None = Field(default=None, gt=0)  # of a GPU to those of its node, one way; null: the card's
     network_gb_s: Float | None = Field(default=None, gt=0)  # of a node, one way; null: an eighth of the DGX's per GPU
+    host_gib: Float | None = Field(default=None, gt=0)  # of a node, for offloading; null: 1,500 for each eight GPUs
     host_gb_s: Float = Field(default=25.0, gt=0)  # of a GPU to its host, one way: PCIe 4.0 x16, less its overhead
     save_gb_s: Float = Field(default=2.0, gt=0)  # of all ranks together to the file system
-    usd_per_gpu_hour: Float | None = Field(default=None, gt=0)
-    gpu_hours_per_fault: Float = Field(default=GPU_HOURS_PER_FAULT, gt=0)
+    usd_per_gpu_hour: Float | None = Field(default=None, gt=0)  # of this card; null: no price is told
+    gpu_hours_per_fault: Float = Field(default=GPU_HOURS_PER_FAULT, gt=0)  # from which the interval of saves follows
 
     @property
     def ranks(self) -> int:
@@ -147,6 +153,13 @@ class Hardware(Section):
         if self.gpu == "cpu":
             return float(psutil.virtual_memory().available)
         return (self.memory_gib or CARDS[self.gpu].memory_gib) * GIB
+
+    @property
+    def host(self) -> float:
+        """Bytes of a node's memory."""
+        if self.gpu == "cpu":
+            return float(psutil.virtual_memory().total)
+        return (self.host_gib or HOST_GIB / 8 * self.gpus_per_node) * GIB
 
     @property
     def room(self) -> float:
@@ -177,17 +190,12 @@ class Choice:
     zero_stage: int  # 0: torch alone, or DeepSpeed without ZeRO
     offload: str  # none, optimizer, or optimizer and parameters
     recompute: str
-    micro_batch_seqs: int  # the largest that fits, evened over the step; 0: none does
+    micro_batch_seqs: int  # as it is given, or the largest that fits, evened over the step; 0: none does
+    fits: bool
     memory: Memory  # with it, or with one sequence where none fits
+    host_lacks: float  # bytes of a node's memory, for what is offloaded there; 0: there is room
     tokens_per_s: float  # expected, over all ranks
     communication: float  # share of a step
-
-    @property
-    def settings(self) -> str:
-        """As it is given on the command line."""
-        more = "" if self.offload == "none" else " engine.offload.optimizer=true"
-        more += " engine.offload.parameters=true" if "parameters" in self.offload else ""
-        return f"engine.zero_stage={self.zero_stage} engine.recompute={self.recompute}{more}"
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,8 @@ class Expected:
     choice: Choice
     mfu: float | None
     days: float
-    usd: float | None
+    gpu_hours: float | None
+    usd: float | None  # for the card that was asked for, where its price is given
     source: str  # of the share of the peak
 
 
@@ -230,6 +239,8 @@ class Plan:
     as_configured: Choice
     advised: Choice
     reason: str
+    changes: tuple[str, ...]  # from what is configured to what is advised, as given on the command line
+    notes: tuple[str, ...]  # what is wrong as it is configured
     by_recompute: dict[str, Memory]  # of the advised engine and micro-batch
     expected: list[Expected]
     saves: Saves
@@ -274,21 +285,24 @@ def make_plan(run: TrainRun, hardware: Hardware) -> Plan:
     """The plan of a run on some hardware, and what to expect of it elsewhere."""
     shape, flops = Shape.of(run.model), run.model.flops_per_token(run.data.seq_tokens)
     task = _Task(run, shape, flops)
-    configured = task.choice(run.engine, hardware)
+    configured = task.choice(run.engine, hardware, task.given)
     advised, reason = task.advise(hardware)
     engine = _engine_of(run.engine, advised)
-    tokens, there = max(1, advised.micro_batch_seqs) * run.data.seq_tokens, task.shape_on(hardware)
+    rows, there = max(1, advised.micro_batch_seqs), task.shape_on(hardware)
     by_recompute = {
-        kind: step_memory(there, engine.model_copy(update={"recompute": kind}), hardware.ranks, tokens,
-                          task.loss(engine, hardware), task.compiles(engine, hardware))
+        kind: step_memory(there, engine.model_copy(update={"recompute": kind}), hardware.ranks,
+                          rows * run.data.seq_tokens, task.loss(engine, hardware), task.compiles(engine, hardware),
+                          rows < task.each(hardware))
         for kind in ("none", "selective", "full")
     }  # fmt: skip
-    places = [hardware, *(hardware.model_copy(update={"gpu": gpu, "memory_gib": None, "link_gb_s": None})
+    elsewhere = {"gpu": None, "memory_gib": None, "link_gb_s": None, "usd_per_gpu_hour": None}
+    places = [hardware, *(hardware.model_copy(update=elsewhere | {"gpu": gpu})
                           for gpu in ("h100", "h200", "a100", "cpu") if gpu != hardware.gpu)]  # fmt: skip
     expected = [task.expect(place) for place in places]
     return Plan(
         run.name, shape.parameters, flops, run.batch_seqs, run.data.seq_tokens, run.train_tokens, hardware, configured,
-        advised, reason, by_recompute, expected, _saves(shape, advised, run, hardware),
+        advised, reason, _changes(run, engine, advised), _notes(run, configured, hardware), by_recompute, expected,
+        _saves(shape, advised, run, hardware),
     )  # fmt: skip
 
 
@@ -310,31 +324,49 @@ class _Task:
         """Whether the forward pass is compiled there."""
         return engine.compiles(torch.device(hardware.kind))
 
-    def choice(self, engine: EngineSettings, hardware: Hardware) -> Choice:
-        """What an engine comes to on some hardware."""
+    @property
+    def given(self) -> int | None:
+        """The micro-batch of the configuration; None where it is to be found."""
+        return None if self.run.micro_batch_seqs == "fit" else self.run.micro_batch_seqs
+
+    def each(self, hardware: Hardware) -> int:
+        """The sequences of a step that a rank has there, at most."""
+        return math.ceil(self.run.batch_seqs / hardware.ranks)
+
+    def choice(self, engine: EngineSettings, hardware: Hardware, given: int | None = None) -> Choice:
+        """What an engine comes to on some hardware, with a given micro-batch or the largest that fits."""
         loss, compiles = self.loss(engine, hardware), self.compiles(engine, hardware)
-        each = math.ceil(self.run.batch_seqs / hardware.ranks)
-        seq_tokens = self.run.data.seq_tokens
-        shape = self.shape_on(hardware)
-        fits = largest_micro_batch(shape, engine, hardware.ranks, seq_tokens, each, hardware.room, loss, compiles)
-        rows = evened(fits, each) if fits else 0
-        memory = step_memory(shape, engine, hardware.ranks, max(1, rows) * seq_tokens, loss, compiles)
-        if memory.host * hardware.gpus_per_node > HOST_GIB * GIB and hardware.kind == "cuda":
-            rows = 0
-        seconds, sent = self._step_s(engine, hardware, max(1, rows))
+        each, seq_tokens, shape = self.each(hardware), self.run.data.seq_tokens, self.shape_on(hardware)
+        if given is None:
+            most = largest_micro_batch(shape, engine, hardware.ranks, seq_tokens, each, hardware.room, loss, compiles)
+            rows = evened(most, each) if most else 0
+        else:
+            rows = min(given, each)
+        tokens, accumulates = max(1, rows) * seq_tokens, max(1, rows) < each
+        memory = step_memory(shape, engine, hardware.ranks, tokens, loss, compiles, accumulates)
+        lacks = max(0.0, memory.host * hardware.gpus_per_node - hardware.host) if hardware.kind == "cuda" else 0.0
+        fits = rows > 0 and memory.total <= hardware.room and not lacks
+        seconds, sent = self._step_s(engine, hardware, max(1, rows), self.run.batch_seqs)
         stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
         offload = engine.offload if isinstance(engine, DeepSpeed) else None
         named = "none" if offload is None or not offload.optimizer else "optimizer"
         named = "optimizer and parameters" if offload is not None and offload.parameters else named
         rate = self.run.batch_seqs * seq_tokens / seconds
-        return Choice(stage, named, engine.recompute, rows, memory, rate, sent / seconds)
+        rows = rows if fits or given is not None else 0
+        return Choice(stage, named, engine.recompute, rows, fits, memory, lacks, rate, sent / seconds)
 
     def advise(self, hardware: Hardware) -> tuple[Choice, str]:
-        """The simplest of the fastest ways in which a step fits, and why it is that one."""
+        """The simplest of the fastest ways in which a step fits, and why it is that one.
+
+        The host's memory is slow, and taken only where that of the GPUs does not do.
+        """
         if hardware.gpu == "cpu":
-            return self.choice(self.run.engine, hardware), "one rank has nothing to share"
+            configured = self.choice(self.run.engine, hardware, self.given)
+            found = configured if configured.fits else self.choice(self.run.engine, hardware)
+            return found, "one rank has nothing to share"
         choices = [self.choice(engine, hardware) for engine in _engines(self.run.engine)]
-        fitting = [choice for choice in choices if choice.micro_batch_seqs]
+        fitting = [each for each in choices if each.fits]
+        fitting = [each for each in fitting if each.offload == "none"] or fitting
         if not fitting:
             least = min(choices, key=lambda choice: choice.memory.total)
             return least, self._what_is_needed(hardware)
@@ -350,7 +382,13 @@ class _Task:
             return "does not fit, however many GPUs: one sequence is too long for one of them"
         text = f"does not fit; about {kept * hardware.gpus_per_node} GPUs are needed (hardware.nodes={kept})"
         if offloaded is not None and offloaded < kept:
-            text += f", {offloaded * hardware.gpus_per_node} with the states on hosts of {HOST_GIB:,.0f} GiB, slowly"
+            host = hardware.host / GIB
+            text += f", {offloaded * hardware.gpus_per_node} with the states on hosts of {host:,.0f} GiB, slowly"
+        wanting = [each for engine in engines if (each := self.choice(engine, hardware)).host_lacks]
+        roomy = [each for each in wanting if each.memory.total <= hardware.room]
+        if roomy and (offloaded is None or offloaded > hardware.nodes):
+            least = min(each.memory.host for each in roomy) * hardware.gpus_per_node / GIB
+            text += f"; these would do with {math.ceil(least):,} GiB a host (hardware.host_gib)"
         return text
 
     def _least_nodes(self, engines: Sequence[DeepSpeed], hardware: Hardware) -> int | None:
@@ -358,25 +396,37 @@ class _Task:
         nodes = hardware.nodes
         while nodes <= MOST_NODES:
             more = hardware.model_copy(update={"nodes": nodes})
-            if any(self.choice(engine, more).micro_batch_seqs for engine in engines):
+            if any(self.choice(engine, more).fits for engine in engines):
                 return nodes
             nodes *= 2
         return None
 
-    def _step_s(self, engine: EngineSettings, hardware: Hardware, rows: int) -> tuple[float, float]:
-        """Seconds of a step, and those of them in which ranks send; nothing is sent while they compute."""
+    def _step_s(self, engine: EngineSettings, hardware: Hardware, rows: int, seqs: int) -> tuple[float, float]:
+        """Seconds of a step of `seqs`, and those of them in which ranks send; nothing is sent while they compute."""
         ranks, n, width = hardware.ranks, self.shape.parameters, width_of(engine)
-        each = math.ceil(self.run.batch_seqs / ranks)
-        micro_steps = math.ceil(each / rows)
-        tokens = micro_steps * min(rows, each) * self.run.data.seq_tokens  # filler rows are computed too
-        flops = tokens * self.flops * RECOMPUTED[engine.recompute]
+        each = math.ceil(seqs / ranks)
+        rows = min(rows, each)
+        micro_steps = math.ceil(each / rows)  # filler rows are computed too
+        flops = rows * self.run.data.seq_tokens * self.flops * RECOMPUTED[engine.recompute]
+        least = self.shape.layers * LAYER_S if hardware.kind == "cuda" else 0.0
+        computed = micro_steps * max(flops / self.rate(engine, hardware), least)
         sent = _sent_bytes(engine, n, width, ranks, micro_steps) / hardware.sent_per_s
         moved = 0.0
         if isinstance(engine, DeepSpeed) and engine.offload.optimizer and hardware.kind == "cuda":
             moved = n * (4 + width) / ranks / (GB * hardware.host_gb_s) + n * 16 / ranks / HOST_UPDATE_BYTES_S
             if engine.offload.parameters:
                 moved += 2 * micro_steps * n * width / ranks / (GB * hardware.host_gb_s)
-        return flops / self.rate(engine, hardware) + sent + moved, sent
+        return computed + sent + moved, sent
+
+    def train_s(self, engine: EngineSettings, hardware: Hardware, rows: int) -> float:
+        """Seconds of the whole run, whose first steps are smaller where its batch grows."""
+        end = self.run.train_tokens / self.run.data.seq_tokens
+        pieces = [(sample, seqs) for sample, seqs in self.run.step_pieces(0) if sample < end]
+        ends = [*(sample for sample, _ in pieces[1:]), end]
+        return sum(
+            (until - begin) / seqs * self._step_s(engine, hardware, max(1, rows), seqs)[0]
+            for (begin, seqs), until in zip(pieces, ends, strict=True)
+        )
 
     def rate(self, engine: EngineSettings, hardware: Hardware) -> float:
         """The operations per second that one rank computes."""
@@ -398,11 +448,11 @@ class _Task:
             card = CARDS[hardware.gpu]
             mfu = rate * self.flops / (ranks * PEAK_FLOPS[card.name])
             source, name = expected_mfu(card.mfu, self.shape.parameters)[1], f"{ranks} x {card.name}"
-        hours = self.run.train_tokens / rate / 3600
-        usd = None if hardware.usd_per_gpu_hour is None or hardware.gpu == "cpu" else hardware.usd_per_gpu_hour * ranks
-        return Expected(
-            name, ranks, hardware.memory, choice, mfu, hours / 24, None if usd is None else usd * hours, source
-        )
+        hours = self.train_s(_engine_of(self.run.engine, choice), hardware, choice.micro_batch_seqs) / 3600
+        gpu_hours = None if hardware.gpu == "cpu" else hours * ranks
+        priced = gpu_hours is not None and hardware.usd_per_gpu_hour is not None
+        usd = gpu_hours * hardware.usd_per_gpu_hour if priced else None  # type: ignore[operator]
+        return Expected(name, ranks, hardware.memory, choice, mfu, hours / 24, gpu_hours, usd, source)
 
 
 def expected_mfu(card: str, parameters: int) -> tuple[float, str]:
@@ -457,13 +507,58 @@ def _engine_of(configured: EngineSettings, choice: Choice) -> EngineSettings:
     return DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": choice.recompute, "offload": offload})
 
 
+def _changes(run: TrainRun, engine: EngineSettings, choice: Choice) -> tuple[str, ...]:
+    """What makes the configured engine and micro-batch those of a choice, as it is given on the command line."""
+    before, after = run.engine.model_dump(mode="json"), engine.model_dump(mode="json")
+    if before["kind"] == after["kind"]:
+        was = configs.flatten(before)
+        paths = {path: value for path, value in configs.flatten(after).items() if value != was[path]}
+        changes = [f"engine.{path}={_flow(value)}" for path, value in paths.items()]
+    else:
+        plain = DeepSpeed().model_dump(mode="json")
+        named = ("kind", "zero_stage", "precision")
+        changes = [f"engine={_flow({k: after[k] for k in after if k in named or after[k] != plain[k]})}"]
+    if run.micro_batch_seqs not in ("fit", choice.micro_batch_seqs):
+        changes.append(f"micro_batch_seqs={choice.micro_batch_seqs}")
+    return tuple(changes)
+
+
+def _flow(value: object) -> str:
+    """As YAML, on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("...\n").strip()
+
+
+def _notes(run: TrainRun, configured: Choice, hardware: Hardware) -> tuple[str, ...]:
+    """What is wrong with a run as it is configured, a line each."""
+    notes = []
+    total, rows = configured.memory.total, configured.micro_batch_seqs
+    if rows and total > hardware.room:
+        room = f"{total / GIB:,.1f} GiB, and there is room for {hardware.room / GIB:,.1f}"
+        notes.append(f"as configured: does not fit: micro_batch_seqs={rows} needs {room}")
+    if configured.host_lacks:
+        needs = (hardware.host + configured.host_lacks) / GIB
+        had = f"{hardware.host / GIB:,.0f} (hardware.host_gib)"
+        notes.append(f"as configured: does not fit: what is offloaded needs {needs:,.0f} GiB of a node's {had}")
+    least = min(seqs for _, seqs in run.step_pieces(0))
+    if least < hardware.ranks:
+        when = "a step" if run.batch_ramp is None else "a step has at first"
+        idle = f"{hardware.ranks - least} of {hardware.ranks} ranks have nothing to do"
+        notes.append(f"{idle}: {when} {'has ' if run.batch_ramp is None else ''}{least} sequences")
+    return tuple(notes)
+
+
 def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
     """Why it is this one: what the simpler ones lack."""
     simplest = choices[0]
     if best is simplest:
         fills = best.memory.total / hardware.memory
         return f"fits, {fills:.0%} of the memory used; more sharding would only send more"
-    if not simplest.micro_batch_seqs:
+    if best.offload != "none":
+        least = min(each.memory.total for each in choices if each.offload == "none") / GIB
+        host = f"{best.memory.host * hardware.gpus_per_node / GIB:,.0f} of {hardware.host / GIB:,.0f} GiB"
+        return f"without offloading at least {least:,.0f} GiB are needed; the host gives {host} (hardware.host_gib)"
+    if not simplest.fits:
         needs = simplest.memory.total / GIB
         return f"ZeRO 1 alone needs {needs:,.0f} GiB of {hardware.memory / GIB:.0f} with one sequence"
     gain = best.tokens_per_s / simplest.tokens_per_s - 1
@@ -496,12 +591,12 @@ def _saves(shape: Shape, choice: Choice, run: TrainRun, hardware: Hardware) -> S
     What a save costs is the copy to the host; the writing goes on beside the training, so that no interval is shorter.
     """
     size = STATE_BYTES * shape.parameters
-    held = size / hardware.ranks / (GB * hardware.host_gb_s)
+    held = max(LEAST_HELD_S, size / hardware.ranks / (GB * hardware.host_gb_s))
     write = size / (GB * hardware.save_gb_s)
     mtbf = 3600 * hardware.gpu_hours_per_fault / hardware.ranks
-    interval = max(math.sqrt(2 * held * mtbf), 2 * write)
+    interval = max(math.sqrt(2 * held * mtbf), 2 * write, LEAST_INTERVAL_S)
     step_s = run.batch_seqs * run.data.seq_tokens / choice.tokens_per_s
-    steps = max(1, round(interval / step_s)) if choice.micro_batch_seqs else None
+    steps = max(1, round(interval / step_s)) if choice.fits else None
     return Saves(size, held, write, mtbf, interval, steps)
 
 
@@ -516,14 +611,18 @@ def show(plan: Plan, console: Console) -> None:
     ranks = plan.hardware.ranks
     _say(console, f"{plan.name}: {plan.parameters:,} parameters, {plan.flops_per_token / 1e9:,.3g} GFLOP per token,")
     _say(console, f"steps of {plan.batch_seqs:,} x {plan.seq_tokens:,} tokens, {plan.train_tokens / 1e9:,.4g} G tokens")
-    if not plan.advised.micro_batch_seqs:
+    if not plan.advised.fits:
         _say(console, f"\n{plan.hardware.gpu} x {ranks}: {plan.reason}. What comes nearest:")
     _say(console, f"\nmemory of one rank of {ranks}, GiB of {plan.hardware.memory / GIB:,.1f}")
     console.print(_memory_table(plan))
-    if plan.advised.micro_batch_seqs:
-        _say(console, f"advised: {plan.advised.settings}\n         {plan.reason}")
+    for note in plan.notes:
+        _say(console, note)
+    if plan.advised.fits:
+        _say(console, f"advised: {shlex.join(plan.changes) or 'as configured'}\n         {plan.reason}")
     _say(console, "\nexpected, each with what is best there (estimates: see the sources)")
     console.print(_expected_table(plan))
+    if plan.hardware.usd_per_gpu_hour is None and plan.hardware.gpu != "cpu":
+        _say(console, f"  hardware.usd_per_gpu_hour=PRICE tells what {plan.expected[0].hardware} cost")
     for source in dict.fromkeys(f"{each.hardware}: {each.source}" for each in plan.expected):
         _say(console, f"  {source}")
     _say(console, _saves_lines(plan))
@@ -547,13 +646,12 @@ def _memory_table(plan: Plan) -> Any:
     table.add_row("together", *(_gib(memory.total) for memory in columns.values()))
     if any(memory.host for memory in columns.values()):
         table.add_row("on the host", *(_gib(memory.host) for memory in columns.values()))
-    rows = [_rows(configured), *[_rows(advised)] * (len(columns) - 1)]
-    table.add_row("micro-batch that fits", *rows)
+    table.add_row("micro-batch", _rows(configured), *[_rows(advised)] * (len(columns) - 1))
     return table
 
 
 def _rows(choice: Choice) -> str:
-    return str(choice.micro_batch_seqs) if choice.micro_batch_seqs else "none"
+    return str(choice.micro_batch_seqs) if choice.micro_batch_seqs else "none fits"
 
 
 def _gib(size: float) -> str:
@@ -564,30 +662,25 @@ def _expected_table(plan: Plan) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "hardware",
-        "ZeRO",
-        "recompute",
-        "offload",
-        "micro-batch",
-        "tokens/s",
-        "MFU",
-        "sending",
-        "time",
-        "USD",
-    ):
+    names = ("hardware", "ZeRO", "recompute", "offload", "micro-batch", "tokens/s", "MFU", "sending", "time")
+    priced = ("USD",) if plan.expected[0].usd is not None else ()
+    for name in (*names, "GPU-hours", *priced):
         table.add_column(name, justify="left" if name == "hardware" else "right", no_wrap=True)
     for each in plan.expected:
-        choice = each.choice
-        fits = choice.micro_batch_seqs > 0
-        table.add_row(
+        choice, fits = each.choice, each.choice.fits
+        row = [
             each.hardware, str(choice.zero_stage), choice.recompute, choice.offload,
             _rows(choice), f"{choice.tokens_per_s:,.0f}" if fits else "",
             f"{each.mfu:.1%}" if fits and each.mfu is not None else "",
             f"{choice.communication:.0%}" if fits else "", duration(each.days * 86400) if fits else "does not fit",
-            f"{each.usd:,.0f}" if fits and each.usd is not None else "",
-        )  # fmt: skip
+            _few(each.gpu_hours) if fits else "",
+        ]  # fmt: skip
+        table.add_row(*row, *[_few(each.usd) if fits else ""] * len(priced))
     return table
+
+
+def _few(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _saves_lines(plan: Plan) -> str:

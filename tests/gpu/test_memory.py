@@ -25,6 +25,10 @@ ENGINES: dict[str, EngineSettings] = {
     "torch, selective, chunked": build(Torch, {**PLAIN, "recompute": "selective", "loss": "chunked"}, "test"),
     "torch, compiled": build(Torch, {**PLAIN, "compile": True}, "test"),
     **{f"zero{s}": build(DeepSpeed, {**PLAIN, "zero_stage": s}, "test") for s in (1, 2, 3)},
+    **{
+        f"zero{s}, offload": build(DeepSpeed, {**PLAIN, "zero_stage": s, "offload": {"optimizer": True}}, "test")
+        for s in (1, 2)
+    },
     "zero1, full": build(DeepSpeed, {**PLAIN, "zero_stage": 1, "recompute": "full"}, "test"),
 }
 

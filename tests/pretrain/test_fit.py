@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_trials_find_the_largest_and_leave_no_trace(
     for its_rows, its_engines, after, untouched in found:
         assert (its_rows, its_engines) == (rows, engines)
         assert after == untouched
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(12, 1), (6, 2), (2, 2)])
+def test_a_trial_is_as_a_step_of_the_run(rows: int, passes: int) -> None:
+    """Gradients lie beside the second micro-batch, and attention may be told of documents."""
+    data = {"seq_tokens": cases.LENGTH, "sources": {"a": {"shards": "nowhere"}}, "document_mask": True}
+    alone: Any = _Alone()
+    engine = cases.make(alone, cases.settings("torch", "fp32"))
+    seen = []
+    engine.module.register_forward_pre_hook(lambda _, fed: seen.append((len(fed[0]), fed[3] is not None)))
+    assert fit._fits(a_run(data=data), alone, engine, rows)
+    assert seen == [(rows, True)] * passes
 
 
 def test_ranks_that_wait_for_one_without_memory_end_with_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +72,61 @@ def test_hardware_is_apart_from_the_run_and_the_run_may_be_overridden() -> None:
     made = load_plan(path, ["hardware.gpu=a100", "batch_tokens=64Ki", "hardware.usd_per_gpu_hour=2"])
     assert made.hardware.gpu == "a100" and made.batch_seqs == 64
     first = made.expected[0]
-    assert first.usd == pytest.approx(first.days * 24 * 8 * 2)
+    assert first.gpu_hours == pytest.approx(first.days * 24 * 8)
+    assert first.usd == pytest.approx(first.gpu_hours * 2)
+    assert all(each.usd is None for each in made.expected[1:])  # whose price is another
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["hardware.nodes=64", "batch_tokens=3200Ki", "engine={kind: torch, loss: chunked}"],
+        ["hardware.nodes=64", "batch_tokens=3200Ki", "micro_batch_seqs=64"],
+        ["hardware.nodes=4", "hardware.host_gib=4000", "batch_tokens=3200Ki"],
+        ["hardware.nodes=512", "engine.zero_stage=3", "engine.recompute=full", "engine.offload.optimizer=true"],
+    ],
+)
+def test_what_is_advised_can_be_given_as_it_is_printed(overrides: list[str]) -> None:
+    path = configs.CONFIGS / "gpt3-175b.yaml"
+    printed = CliRunner().invoke(app, ["plan", str(path), *overrides]).stdout
+    (line,) = (line for line in printed.splitlines() if line.startswith("advised: "))
+    advised = shlex.split(line.removeprefix("advised: "))
+    assert advised and all("=" in change for change in advised)
+    followed = load_plan(path, [*overrides, *advised])
+    assert followed.as_configured == followed.advised and followed.as_configured.fits and not followed.changes
+
+
+def test_a_micro_batch_that_is_given_is_the_one_that_is_planned() -> None:
+    path = configs.CONFIGS / "gpt2-xl.yaml"
+    fits = load_plan(path, ["micro_batch_seqs=4"])
+    assert fits.as_configured.micro_batch_seqs == 4 and not fits.notes
+    large = load_plan(path, ["micro_batch_seqs=64"])
+    assert large.as_configured.micro_batch_seqs == 64 and not large.as_configured.fits
+    (note,) = large.notes
+    assert note.startswith("as configured: does not fit: micro_batch_seqs=64 needs 1")
+
+
+def test_smaller_steps_at_first_take_longer_and_leave_ranks_idle() -> None:
+    path = configs.CONFIGS / "gpt3-13b.yaml"
+    wide = ["hardware.nodes=16", "hardware.network_gb_s=25"]
+    ramped, level = load_plan(path, wide), load_plan(path, [*wide, "batch_ramp=null"])
+    assert ramped.advised == level.advised and ramped.expected[0].days > 1.01 * level.expected[0].days
+    assert ramped.notes == ("112 of 128 ranks have nothing to do: a step has at first 16 sequences",)
+    assert not level.notes
+
+
+def test_the_host_s_memory_decides_where_states_are_offloaded() -> None:
+    path = configs.CONFIGS / "gpt3-175b.yaml"
+    small, large = (load_plan(path, ["hardware.nodes=4", f"hardware.host_gib={gib}"]) for gib in (256, 4000))
+    assert not small.advised.fits and "(hardware.host_gib)" in small.reason
+    assert large.advised.offload.startswith("optimizer") and "of 4,000 GiB (hardware.host_gib)" in large.reason
+
+
+def test_a_tiny_model_waits_for_its_kernels() -> None:
+    """However few its operations, a layer's kernels are started one after the other."""
+    made = load_plan(configs.CONFIGS / "gpt2-10m.yaml", ["hardware.gpus_per_node=1", "micro_batch_seqs=1"])
+    layers, length = 5, made.seq_tokens
+    assert made.as_configured.tokens_per_s <= length / (layers * plans.LAYER_S)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +145,22 @@ def test_hardware_that_is_not_known_is_refused(override: str, said: str) -> None
     assert str(caught.value).startswith(said)
 
 
-def test_more_ranks_save_more_often_by_the_root_of_their_number() -> None:
+def test_more_ranks_save_more_often_by_the_root_of_their_number(gpt3: Path) -> None:
     """Young 1974: sqrt(2 x cost x time between faults); the cost falls with the ranks as well, which each copy less."""
+    few, many = (
+        load_plan(gpt3, [f"hardware.nodes={nodes}", "hardware.save_gb_s=1000", "batch_tokens=3200Ki"]).saves
+        for nodes in (16, 64)
+    )
+    assert few.mtbf_s == pytest.approx(GPU_HOURS_PER_FAULT * 3600 / 128) == pytest.approx(4 * many.mtbf_s)
+    assert few.interval_s == pytest.approx(math.sqrt(2 * few.held_s * few.mtbf_s))
+    assert few.interval_s == pytest.approx(4 * many.interval_s)
+
+
+def test_a_small_model_is_not_saved_all_the_time() -> None:
     run = a_run(batch_tokens=2**20)
-    few, many = (make_plan(run, Hardware(nodes=nodes)).saves for nodes in (1, 16))
-    assert few.mtbf_s == pytest.approx(GPU_HOURS_PER_FAULT * 3600 / 8) == pytest.approx(16 * many.mtbf_s)
-    assert few.interval_s == pytest.approx(max(math.sqrt(2 * few.held_s * few.mtbf_s), 2 * few.write_s))
-    assert few.interval_s == pytest.approx(16 * many.interval_s)
+    few, many = (make_plan(run, Hardware(nodes=nodes)).saves for nodes in (1, 4096))
+    assert few.held_s == many.held_s == plans.LEAST_HELD_S
+    assert many.interval_s == plans.LEAST_INTERVAL_S < few.interval_s
 
 
 def test_no_save_is_begun_before_the_one_before_it_is_whole() -> None:

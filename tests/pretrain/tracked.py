@@ -39,11 +39,16 @@ class _Ones(TorchDispatchMode):
 def torch_engine_peak(gpt: Gpt, engine: EngineSettings, rows: int, length: int) -> int:
     """Bytes at the peak of a step of one rank, its engine's states included."""
     with FakeTensorMode(), _Ones():  # type: ignore[no-untyped-call]
-        return _peak(gpt, engine, rows, length, ranks=1)
+        return _peak(gpt, engine, rows, length, ranks=1)[0]
 
 
-def zero_peaks(alone: Ranks, gpt: Gpt, engines: list[DeepSpeed], rows: int, length: int, bucket: int) -> list[int]:
-    """The same of rank 0 of eight, for each engine, with buckets of that many gradients. For a process of its own."""
+def zero_peaks(
+    alone: Ranks, gpt: Gpt, cases: list[tuple[DeepSpeed, int, int]], length: int, bucket: int
+) -> list[tuple[int, int]]:
+    """The same of rank 0 of eight, for each (engine, rows, micro-batches), with buckets of that many gradients.
+
+    (on the device, offloaded), as if the host were not the device here. For a process of its own.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.destroy_process_group()
@@ -53,10 +58,12 @@ def zero_peaks(alone: Ranks, gpt: Gpt, engines: list[DeepSpeed], rows: int, leng
     whole = DeepSpeed._zero_config
     patched: Any = DeepSpeed
     patched._zero_config = lambda self, count: whole(self, count) | {"reduce_bucket_size": bucket}
-    return [_peak(gpt, engine, rows, length, ranks=8) for engine in engines]
+    return [_peak(gpt, engine, rows, length, 8, micro_batches) for engine, rows, micro_batches in cases]
 
 
-def _peak(gpt: Gpt, settings: EngineSettings, rows: int, length: int, ranks: int) -> int:
+def _peak(
+    gpt: Gpt, settings: EngineSettings, rows: int, length: int, ranks: int, micro_batches: int = 1
+) -> tuple[int, int]:
     place: Any = SimpleNamespace(device=CPU, size=ranks, rank=0)
     optim = AdamW(lr_peak=1e-4)
     tracker = MemTracker()
@@ -67,11 +74,22 @@ def _peak(gpt: Gpt, settings: EngineSettings, rows: int, length: int, ranks: int
         engine = settings.build(model, optim, place)
         gc.collect()
         tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
-        batch = NextToken().batch(tokens, torch.full((rows,), length))
-        engine.step([batch], rows * length, optim.rates(1.0))
-        tracker.reset_mod_stats()  # the peak of what follows
-        engine.step([batch], rows * length, optim.rates(1.0))
-    return int(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
+        batches = [NextToken().batch(tokens, torch.full((rows,), length))] * micro_batches
+        noise: Any = SimpleNamespace(begin=lambda i: tracker.reset_mod_stats())  # one forward pass for each
+        engine.step(batches, rows * length, optim.rates(1.0), noise)
+        tracker._peak_mem.clear()  # that of what follows
+        engine.step(batches, rows * length, optim.rates(1.0), noise)
+    offloaded = _offloaded(engine) if isinstance(settings, DeepSpeed) and settings.offload.optimizer else 0
+    return int(tracker.get_tracker_snapshot("peak")[CPU]["Total"]) - offloaded, offloaded
+
+
+def _offloaded(engine: Any) -> int:
+    """Bytes of what DeepSpeed at stages 1 and 2 would have on the host."""
+    zero = engine.engine.optimizer
+    flats = [t for flat in zero.single_partition_of_fp32_groups for t in (flat, flat.grad)]
+    moments = [v for state in zero.optimizer.state.values() for v in state.values()]
+    tensors = [*flats, *moments, *zero.param_buffer_of_bit16_for_cpu_offload_groups]
+    return sum(t.untyped_storage().nbytes() for t in [*tensors, zero.temp_grad_buffer_for_cpu_offload])
 
 
 def gpu_peak(ranks: Ranks, gpt: Gpt, settings: EngineSettings, rows: int, length: int) -> tuple[int, int]:
