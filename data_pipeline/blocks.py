@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.shards import DamagedBlock, Shards, Tokens
+from data_pipeline.shards import ShardError, Shards, Tokens, Unreachable
 
 LOOK_AHEAD = 4096  # samples of coming steps whose blocks are looked at when a batch is begun: it holds up other readers
 EXPECTED = 64  # blocks that the kernel is told of ahead
@@ -170,27 +170,27 @@ class OpenBlocks:
         pool = bisect_right(self.firsts, number) - 1
         return pool, number - self.firsts[pool]
 
-    def fill(self, wanted: Wanted) -> dict[int, DamagedBlock]:
-        """Fill rows. Those of damaged blocks are left as they are; these blocks' numbers come back with the damage.
+    def fill(self, wanted: Wanted) -> tuple[int, ShardError] | None:
+        """Fill rows. The number of a block that is damaged, missing or cannot be read comes back with what is said.
 
-        Raises ShardError where bytes cannot be had, and CancelledError where the reading has ended.
+        Raises Unreachable where storage is away, and CancelledError where the reading has ended.
         """
-        damaged: dict[int, DamagedBlock] = {}
         rows = np.arange(len(wanted.numbers))
         while len(rows):
             again = []  # what another thread has read is open now, or, where there is little room, closed again
             for number, promise in self._fill(wanted, rows):
                 try:
                     block = self._result(number, promise)
-                except DamagedBlock as damage:
-                    damaged[number] = damage
-                    continue
+                except Unreachable:
+                    raise
+                except ShardError as error:
+                    return number, error
                 if block is not None:
                     self._done(number, promise, block, wanted.fill_from(block, number))
                 else:
                     again.append(number)
             rows = np.flatnonzero(np.isin(wanted.numbers, again)) if again else rows[:0]
-        return damaged
+        return None
 
     def _fill(self, wanted: Wanted, rows: Ints) -> list[tuple[int, _Promise]]:
         """The same without waiting: what others are reading comes back as promises, as does what cannot be read."""

@@ -239,18 +239,25 @@ class Cached:
 
     def __init__(self, below: Files, cache: DiskCache) -> None:
         self.below, self.cache, self.address = below, cache, below.address
+        self.spoiled: set[str] = set()  # files that are damaged below, of which single rows may be whole
 
     def part(self, name: str, offset: int, size: int, hash: bytes, buffer: bytearray | None = None) -> Bytes:
         return self.cache.get(hash.hex(), lambda: bytes(self.below.part(name, offset, size, hash)))
 
     def row(self, name: str, offset: int, size: int, is_right: Check, file_hash: str) -> bytes:
-        """Of a file that is fetched as a whole."""
+        """Of a file that is fetched as a whole, unless it is damaged at its source."""
+        if file_hash in self.spoiled:
+            return self.below.row(name, offset, size, is_right, file_hash)
         data = self.cache.piece(file_hash, offset, size)
         if data is not None and is_right(data):
             return data
         if data is not None:
             self.cache.drop(file_hash)
-        data = self.whole(name, file_hash)[offset : offset + size]
+        try:
+            data = self.whole(name, file_hash)[offset : offset + size]
+        except Damaged:
+            self.spoiled.add(file_hash)
+            return self.below.row(name, offset, size, is_right, file_hash)
         if not is_right(data):
             raise Damaged(data)
         return data

@@ -208,10 +208,11 @@ class Located:
 
 @dataclass(frozen=True)
 class Exhausted:
-    """A source that passes its limit of epochs, and the first sample that would."""
+    """A source of which a generation passes its limit of epochs, and the first sample that would."""
 
     source: str
     sample: int
+    generation: int = 0
 
 
 class Order:
@@ -325,7 +326,7 @@ class Order:
             first = np.floor(limit * self._lane_blocks(pools, lanes) * pool.rows).astype(np.int64)
             samples = self._samples_of_draws(pools, lanes, first)
             if (samples >= 0).any():
-                found.append(Exhausted(pool.source, int(samples[samples >= 0].min())))
+                found.append(Exhausted(pool.source, int(samples[samples >= 0].min()), pool.generation))
         return min(found, key=lambda e: e.sample, default=None)
 
     def _weights(self, segment: Segment) -> list[float]:

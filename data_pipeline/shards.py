@@ -806,12 +806,12 @@ class Shards:
         self, error: Exception, shard: int, row: int, suffix: str, what: str, entry: Entry | None = None
     ) -> ShardError:
         """A read that failed, in one line: damage with shard and place, and the command that repairs it."""
+        slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
         if isinstance(error, Missing):
-            return ShardError(f"{error}, but {MANIFEST} names it; see data-prep verify")
+            return ShardError(f"{error}, though {MANIFEST} names it, with block {row}; {self._remedy(slice_, name)}")
         if isinstance(error, Unreadable):
             return unread(error)
         assert isinstance(error, Damaged)
-        slice_, name = str(self.table["slice"][shard]), str(self.table["name"][shard])
         how = "damaged" if entry is None else self._damage(error.data, entry)
         line = f"{self.files.address}/{self.name(shard, suffix)}: {what} {how}; {self._remedy(slice_, name)}"
         return DamagedBlock(line, slice_, name, row)

@@ -1,10 +1,11 @@
 """Staging: the shards that a run needs, copied to a node's own disk before it starts.
 
-    FOLDER/<hash of the corpus' table>/slices/…   as in the corpus; each file whole under its name, checked, synced
-    FOLDER/.stage.lease                           held by the process of this node that copies
+    FOLDER/<identity of the corpus>/slices/…   as in the corpus; each file whole under its name, checked, synced
+    FOLDER/.stage.lease                        held by the process of this node that copies
 
-A copy that is broken off goes on where it was. What is not staged, or is damaged there, is read from where it was
-staged from.
+The identity is that of the first generation, so that of a corpus that has grown only the new generations are copied;
+a corpus' folder may be removed when no run reads it. A copy that is broken off goes on where it was. What is not
+staged, or is damaged there, is read from where it was staged from.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ log = logging.getLogger("pretrain")
 COPIED_AT_ONCE = 8
 PIECE_BYTES = 8 * 2**20
 LINE_S = 30.0
+BESIDE = 0.05  # of the bytes of tars, for their indices and sidecars
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def staged(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def _place(manifest: Manifest, folder: Path) -> Path:
-    return folder / str(manifest.head["table_hash"])[:16]
+    return folder / str(manifest.generations[0]["identity"])[:16]
 
 
 class Staging:
@@ -174,7 +176,8 @@ def _is_here(file: _File) -> bool:
 
 def _check_room(folder: Path, missing: Sequence[_File]) -> None:
     begun = sum(file.part.stat().st_size for file in missing if file.bytes and file.part.exists())
-    needed, free = sum(file.bytes for file in missing) - begun, shutil.disk_usage(folder).free
+    needed = round((1 + BESIDE) * sum(file.bytes for file in missing)) - begun
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
             f"data.stage: {folder}: the shards need {size(needed)}, its disk has {size(free)} free; name a larger "

@@ -54,7 +54,7 @@ class Source(Section):
     shards: Annotated[Path | str, BeforeValidator(_place)]  # a folder, s3://bucket/prefix or https://host/path
     shared_mount: Bool = False  # the folder is of another machine (Lustre, NFS): read through the cache, waited for
     weight: Float = Field(default=1.0, ge=0)  # share of the samples, beside those of the others
-    max_epochs: Float | None = Field(default=None, gt=0)  # how often it may be read through
+    max_epochs: Float | None = Field(default=None, gt=0)  # how often each of its generations may be read through
     generations: Int | None = Field(default=None, gt=0)  # None: those sealed when the run began
 
 
@@ -279,17 +279,22 @@ class Stream:
         )
 
     def _read_rows(self, share: _Share, begin: int, rows: Tokens, documents: npt.NDArray[np.int32] | None) -> None:
-        """Fill `rows` with the samples of a share from `begin` on, and their places in `documents`."""
+        """Fill `rows` with the samples of a share from `begin` on, and their places in `documents`.
+
+        What is skipped is not read, as it may not be there: its rows are 0.
+        """
         these = slice(begin, begin + len(rows))
-        starts: list[npt.NDArray[np.int64] | None] | None = None if documents is None else [None] * len(rows)
-        wanted = Wanted(rows, share.blocks[these], share.firsts[these], starts)
-        for number, damage in self.open_blocks.fill(wanted).items():
-            its = wanted.numbers == number
-            if share.fed[these][its].any():
-                raise self._without(damage, number) from None
-            rows[its] = 0  # nobody looks at what is skipped
+        fed = np.flatnonzero(share.fed[these])
+        filled = rows if len(fed) == len(rows) else np.empty((len(fed), rows.shape[1]), rows.dtype)
+        starts: list[npt.NDArray[np.int64] | None] | None = None if documents is None else [None] * len(fed)
+        wanted = Wanted(filled, share.blocks[these][fed], share.firsts[these][fed], starts)
+        if (failed := self.open_blocks.fill(wanted)) is not None:
+            raise self._without(*failed) from None
+        if filled is not rows:
+            rows[:] = 0
+            rows[fed] = filled
         if documents is not None and starts is not None:
-            for row, (its_starts, first) in enumerate(zip(starts, wanted.firsts.tolist(), strict=True)):
+            for row, its_starts, first in zip(fed.tolist(), starts, wanted.firsts.tolist(), strict=True):
                 if its_starts is not None:
                     documents[begin + row] = document_numbers(its_starts, first, self.data.seq_tokens)
 
@@ -323,12 +328,14 @@ class Stream:
         parts = (slice(begin, end) for begin, end in itertools.pairwise(ends))
         return [_Share(samples[part], fed[part], *(column[part] for column in columns)) for part in parts]
 
-    def _without(self, damage: DamagedBlock, number: int) -> DamagedBlock:
+    def _without(self, number: int, error: ShardError) -> ShardError:
         """The same, with the way to go on without the block."""
         pool, block = self.open_blocks.place(number)
         its = self.order.pools[pool]
-        line = f"{damage}; or pretrain amend RUN skip_blocks={its.source}:{its.generation}:{block} to go on without it"
-        return DamagedBlock(line, damage.slice, damage.shard, damage.row)
+        line = f"{error}; or pretrain amend RUN skip_blocks={its.source}:{its.generation}:{block} to go on without it"
+        if isinstance(error, DamagedBlock):
+            return DamagedBlock(line, error.slice, error.shard, error.row)
+        return ShardError(line)
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of steps [first_step, end_step), read ahead by `data.read_threads` threads."""
@@ -351,7 +358,8 @@ class Stream:
         """The numbers of the blocks that steps read, those of many steps at a time, as they come."""
         while first_step < end_step:
             end = min(first_step + max(1, LOOK_AHEAD * self.ranks // self.steps.batch(first_step)), end_step)
-            numbers = np.concatenate([self._share(step).blocks for step in range(first_step, end)])
+            shares = [self._share(step) for step in range(first_step, end)]
+            numbers = np.concatenate([share.blocks[share.fed] for share in shares])
             yield numbers[np.sort(np.unique(numbers, return_index=True)[1])]
             first_step = end
 

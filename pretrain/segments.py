@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,10 +234,11 @@ def plan_course(run: TrainRun, records: Sequence[SegmentRecord]) -> Course:
     end_reason = f"train_tokens {last.train_tokens} reached"
     if exhausted is not None:
         if last.data.on_exhausted != "stop":
-            raise _refusal(exhausted, last, end_step, steps)
+            raise _refusal(exhausted, last, record.generations, end_step, steps)
         end_step = steps.step_of(max(exhausted.sample, record.from_sample))
         end_reason = f"source {exhausted.source} reached its {last.data.sources[exhausted.source].max_epochs:g} epochs"
-    epochs = [_epochs_line(found, last, steps, end_step) for found in [*drawn.left_out, exhausted] if found is not None]
+    had = [found for found in [*drawn.left_out, exhausted] if found is not None]
+    epochs = [_epochs_line(found, last, record.generations, steps, end_step) for found in had]
     return Course(runs, order, steps, skips, corpora, record, end_step, end_reason, withdrawn, epochs)
 
 
@@ -252,10 +253,18 @@ def _withdrawals(order: Order, withdrawn: Sequence[tuple[int, Ranges]]) -> list[
     raise ConfigError("takedown, skip_blocks: every sample of the sources that are drawn from would be skipped")
 
 
-def _epochs_line(found: Exhausted, run: TrainRun, steps: Steps, end_step: int) -> tuple[int, str]:
+def _epochs_line(
+    found: Exhausted, run: TrainRun, generations: Mapping[str, int], steps: Steps, end_step: int
+) -> tuple[int, str]:
     step, epochs = steps.step_of(found.sample), run.data.sources[found.source].max_epochs
     then = "the run ends there" if run.data.on_exhausted == "stop" else "it is left out from there on"
-    return step, f"source {found.source}: its {epochs:g} epochs end after step {step} of {end_step}; {then}"
+    of = _of_generation(found, generations)
+    return step, f"source {found.source}: its {epochs:g} epochs{of} end after step {step} of {end_step}; {then}"
+
+
+def _of_generation(found: Exhausted, generations: Mapping[str, int]) -> str:
+    """Which one has had its epochs, where a source has several; the source is left out with all of them."""
+    return f" of generation {found.generation}" if generations[found.source] > 1 else ""
 
 
 @dataclass
@@ -307,15 +316,17 @@ def _step_pieces(runs: Sequence[tuple[int, TrainRun]]) -> list[tuple[int, int]]:
     ]
 
 
-def _refusal(found: Exhausted, run: TrainRun, end_step: int, steps: Steps) -> ConfigError:
+def _refusal(
+    found: Exhausted, run: TrainRun, generations: Mapping[str, int], end_step: int, steps: Steps
+) -> ConfigError:
     at, total = found.sample * run.data.seq_tokens, steps.start(end_step) * run.data.seq_tokens
     if run.data.on_exhausted == "reweight":
         remedy = "and no other source is left; raise it, lower train_tokens, or set data.on_exhausted to stop"
     else:
         remedy = "raise it, lower the source's weight, or set data.on_exhausted to stop or reweight"
     return ConfigError(
-        f"data.sources.{found.source}.max_epochs: {run.data.sources[found.source].max_epochs:g} epochs are used up at "
-        f"token {at:,} of {total:,}; {remedy}"
+        f"data.sources.{found.source}.max_epochs: {run.data.sources[found.source].max_epochs:g} epochs"
+        f"{_of_generation(found, generations)} are used up at token {at:,} of {total:,}; {remedy}"
     )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from configs import ConfigError
+from data_pipeline.disk import refusal
 from data_pipeline.files import Stopped, watched
 from data_pipeline.shards import ShardError, Unreachable
 from data_pipeline.stage import Staging
@@ -21,28 +22,29 @@ from pretrain.watchdog import Watchdog
 def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watchdog) -> int | None:
     """Stage what `data.stage` asks for; the exit code where the ranks are asked to stop meanwhile.
 
-    Raises ConfigError, or Unreachable, on every rank where one node's copy fails.
+    Raises ConfigError, or Unreachable, on every rank as soon as one node's copy fails.
     """
     if run.data.stage is None:
         return None
     staging, error = None, None
     try:
         staging = _begin(run)
-    except (ConfigError, ShardError) as refusal:
-        error = _told(refusal)
+    except (ConfigError, ShardError) as refused:
+        error = _told(refused, run)
     except Stopped:
         pass  # asked to stop, as the others are now told
     while True:
         waiting = staging is not None and not staging.done(timeout_s=1.0)
-        told = ranks.sum(torch.tensor([float(waiting), float(stop.exit_code() is not None)])).tolist()
+        failed = error is not None or (staging is not None and not waiting and staging.error is not None)
+        told = ranks.sum(torch.tensor([waiting, stop.exit_code() is not None, failed], dtype=torch.float32)).tolist()
         watchdog.alive()
-        if told[1] and staging is not None:
+        if staging is not None and (told[1] or told[2]):
             staging.stop()
-        if not told[0] or told[1]:
+        if not told[0] or told[1] or told[2]:
             break
     codes = ranks.gather(stop.exit_code())
     if staging is not None and staging.error is not None:
-        error = _told(staging.error)
+        error = _told(staging.error, run)
     if errors := [each for each in ranks.gather(error) if each is not None]:
         failure: ConfigError | Unreachable = errors[0]
         vars(failure)["said_by_rank_0"] = ranks.rank != 0
@@ -52,8 +54,10 @@ def stage_shards(run: TrainRun, ranks: Ranks, stop: StopSignals, watchdog: Watch
     return INTERRUPTED if INTERRUPTED in codes else STOPPED
 
 
-def _told(error: Exception) -> ConfigError | Unreachable:
+def _told(error: Exception, run: TrainRun) -> ConfigError | Unreachable:
     """An error as all ranks raise it: an outage is nobody's mistake, and a launcher starts again after it."""
+    if isinstance(error, OSError):
+        return ConfigError(f"data.stage: {refusal(error, run.data.stage)}")
     return Unreachable(str(error)) if isinstance(error, Unreachable) else ConfigError(str(error))
 
 

@@ -23,15 +23,15 @@ from data_pipeline import files
 from data_pipeline.blocks import NONE, OpenBlocks, Wanted
 from data_pipeline.cache import LAYOUT
 from data_pipeline.files import Folder, files_of
-from data_pipeline.order import Order, Segment, Skips, Steps
-from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Unreachable
+from data_pipeline.order import Order, Segment, Skips, Steps, Withdrawal
+from data_pipeline.shards import DamagedBlock, Manifest, ShardError, Unreachable, seal
 from data_pipeline.sources import remote
 from data_pipeline.sources.remote import Patience
 from data_pipeline.stage import stage
 from data_pipeline.stream import Batch, Corpora, Data, Stream, Validation
 from data_pipeline.summary import folder_tokenizer
 from data_pipeline.trace import documents_of
-from tests.corpora import FORMAT, make_corpus
+from tests.corpora import FORMAT, make_corpus, make_slice
 from tests.data_pipeline.servers import KEY, Server, forget, moto
 
 T = 128
@@ -226,7 +226,7 @@ def test_a_server_that_stays_away_is_one_line(corpus: Path, server: Server) -> N
         folder_tokenizer(manifest)
     for path in server.files:
         server.faults[path] = ["404*"]
-    with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$"):
+    with pytest.raises(ShardError, match=NOT_THERE):
         list(stream.batches(0, STEPS))
 
 
@@ -370,6 +370,12 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+NOT_THERE = (
+    r": missing, though MANIFEST.json names it, with block \d+; run data-prep repair .*; "
+    r"or pretrain amend RUN skip_blocks=alpha:0:\d+ to go on without it$"
+)
+
+
 def a_block(corpus: Path, step: int) -> tuple[str, int, int]:
     """(path on the server, row, byte in its middle) of a block that a step reads."""
     stream = stream_of(data_of(corpus))
@@ -392,6 +398,45 @@ def test_damage_at_the_source_stops_the_run_with_its_name(corpus: Path, server: 
     for more in ({}, cached(tmp_path)):
         with pytest.raises(DamagedBlock, match=expected):
             read(data_of(f"{server.address}/a", **more))
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_a_missing_shard_is_named_and_can_be_gone_on_without(
+    far: bool, corpus: Path, server: Server, tmp_path: Path
+) -> None:
+    path, _, _ = a_block(corpus, 2)
+    place = tmp_path / "alpha"
+    shutil.copytree(corpus, place)
+    for suffix in ("tar", "index.npy"):
+        server.files.pop(path.replace(".tar", f".{suffix}"))
+        (place / path.removeprefix("/a/").replace(".tar", f".{suffix}")).unlink()
+    data = data_of(f"{server.address}/a" if far else place)
+    with pytest.raises(ShardError, match=NOT_THERE) as error:
+        read(data)
+    assert path.removeprefix("/a/").removesuffix("tar") in str(error.value)
+    shards = Manifest.open(corpus).shards("train", 0)
+    (gone,) = (i for i in range(len(shards)) if shards.name(i, "tar") == path.removeprefix("/a/"))
+    rows = shards.format.block_tokens // data.seq_tokens
+    spans = np.array([[shards.ends[gone] - shards.block_counts[gone], shards.ends[gone]]]) * rows
+    whole = stream_of(data_of(corpus))
+    skips = Skips([], whole.order, [Withdrawal(0, {0: spans})])
+    batches = [list(stream_of(each, skips=skips).batches(0, STEPS)) for each in (data, data_of(corpus))]
+    assert any((batch.valid == 0).any() for batch in batches[0])
+    assert [batch.digest for batch in batches[0]] == [batch.digest for batch in batches[1]]
+
+
+def test_one_bad_row_of_an_index_spoils_no_other(corpus: Path, server: Server, tmp_path: Path) -> None:
+    shards = Manifest.open(corpus).shards("train", 0)
+    index = f"/a/{shards.name(0, 'index.npy')}"
+    row_bytes = shards.format.index_dtype.itemsize
+    server.files[index] = flipped(server.files[index], len(server.files[index]) - row_bytes // 2)  # of the last row
+    last = shards.block_counts[0] - 1 + (shards.tail_tokens[0] > 0)
+    data = data_of(f"{server.address}/a", **cached(tmp_path))
+    (far,) = Corpora(data).shards(Corpora(data_of(corpus)).pools({"alpha": 1}))
+    for row in range(last):
+        assert np.array_equal(far.member(0, row), shards.member(0, row))
+    with pytest.raises(DamagedBlock, match=rf"index.npy: row {last} is damaged"):
+        far.member(0, last)
 
 
 def test_bytes_spoiled_on_the_way_are_read_once_more(corpus: Path, server: Server) -> None:
@@ -465,7 +510,7 @@ def test_what_a_mount_never_shows_is_no_damage(corpus: Path, tmp_path: Path, mon
     data = data_of(place, {"shared_mount": "true"}, **cached(tmp_path))
     stream = stream_of(data)
     shutil.rmtree(place / "slices")
-    with pytest.raises(ShardError, match=r": missing, but MANIFEST.json names it; see data-prep verify$") as error:
+    with pytest.raises(ShardError, match=NOT_THERE) as error:
         list(stream.batches(0, 1))
     assert not isinstance(error.value, DamagedBlock)
 
@@ -541,7 +586,7 @@ def test_a_part_that_is_wrong_is_copied_anew_and_a_wrong_source_refused(
 ) -> None:
     manifest = Manifest.read(files_of(f"{server.address}/a"))
     name = manifest.shards("train", 0).name(0, "tar")
-    part = tmp_path / manifest.head["table_hash"][:16] / name
+    part = tmp_path / manifest.generations[0]["identity"][:16] / name
     part.parent.mkdir(parents=True)
     part.with_name(f".{part.name}.part").write_bytes(b"of another time")
     stage(tmp_path, [(manifest, 1)])
@@ -550,6 +595,18 @@ def test_a_part_that_is_wrong_is_copied_anew_and_a_wrong_source_refused(
     server.files[f"/a/{name}"] = flipped(server.files[f"/a/{name}"], 5000)
     with pytest.raises(ShardError, match=rf"^{server.address}/a/{name}: damaged at its source \(hash differs\)"):
         stage(tmp_path, [(manifest, 1)])
+
+
+def test_of_a_corpus_that_has_grown_only_what_is_new_is_staged(tmp_path: Path) -> None:
+    head = {"tokenizer_sha256": "0" * 64}
+    parts = [replace(make_slice(tmp_path / "alpha", f"s{g}", g, 60), generation=g) for g in range(2)]
+    seal(tmp_path / "alpha", FORMAT, head, parts[:1])
+    stage(tmp_path / "disk", [(Manifest.open(tmp_path / "alpha"), 1)])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "disk").rglob("*.*") if path.is_file()}
+    seal(tmp_path / "alpha", FORMAT, head, parts)
+    stage(tmp_path / "disk", [(Manifest.open(tmp_path / "alpha"), 2)])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list((tmp_path / "disk").rglob("*.tar"))) == len(list((tmp_path / "alpha").rglob("*.tar")))
 
 
 def test_a_disk_too_small_for_staging_is_said_before(

@@ -618,13 +618,16 @@ def test_a_truncated_or_missing_shard_is_named(corpus: Path) -> None:
     )
     shards.close()
     path.unlink()
-    assert message(lambda: shards.read(0)) == f"{path}: missing, but MANIFEST.json names it; see data-prep verify"
+    assert message(lambda: shards.read(0)) == (
+        f"{path}: missing, though MANIFEST.json names it, with block 0; run data-prep repair {corpus} s0/train-00000"
+    )
     index = shards.path(1, "index.npy")
     index.unlink()
     first_of_next = int(shards.ends[0])
+    of_next = f"{index.parent.name}/{index.name.removesuffix('.index.npy')}"
     assert (
         message(lambda: shards.read(first_of_next))
-        == f"{index}: missing, but MANIFEST.json names it; see data-prep verify"
+        == f"{index}: missing, though MANIFEST.json names it, with block 0; run data-prep repair {corpus} {of_next}"
     )
 
 
@@ -641,7 +644,7 @@ def test_blocks_that_are_expected_are_waited_for_once(corpus: Path, monkeypatch:
     for block in range(shards.blocks):
         shards.expect(block)
     assert len(looks) == once > 0
-    with pytest.raises(ShardError, match="missing, but MANIFEST"):
+    with pytest.raises(ShardError, match="missing, though MANIFEST"):
         shards.read(0)
 
 

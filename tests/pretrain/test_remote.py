@@ -14,7 +14,7 @@ import obstore
 import pytest
 
 from configs import ConfigError
-from data_pipeline import files
+from data_pipeline import failpoints, files
 from pretrain import checkpoint
 from pretrain.guard import STOPPED, StopSignals
 from pretrain.ranks import Ranks
@@ -95,7 +95,8 @@ def test_a_start_that_waits_for_a_server_hears_a_signal(tmp_path: Path) -> None:
         server.close()
 
 
-def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
+def stage_here(ranks: Ranks, config: str, *fails: str) -> tuple[int | None, str, list[str]]:
+    """What staging comes to, and what it says. With `fails`, one for each rank, the ranks are nodes of their own."""
     logging.basicConfig(level=logging.INFO)
     said: list[str] = []
 
@@ -104,7 +105,8 @@ def stage_here(ranks: Ranks, config: str) -> tuple[int | None, str, list[str]]:
             said.append(record.getMessage())
 
     logging.getLogger("pretrain").addHandler(Keeping())
-    run = load_run(Path(config))
+    run = load_run(Path(config), [f"data.stage={config}-disk-{ranks.rank}"] if fails else [])
+    os.environ[failpoints.VARIABLE] = f"stage.piece={fails[ranks.rank]}" if fails else ""
     watchdog = Watchdog(ranks, run.run_folder, 100.0, 100.0)
     try:
         return stage_shards(run, ranks, StopSignals(), watchdog), "", said
@@ -157,3 +159,11 @@ def test_one_rank_of_a_node_stages_and_all_wait(tmp_path: Path) -> None:
         for path in (tmp_path / name).rglob("*.tar"):
             (copy,) = [p for p in (tmp_path / "disk").rglob(path.name) if p.read_bytes() == path.read_bytes()]
             assert copy.parent.name == path.parent.name
+
+
+def test_a_node_whose_disk_is_full_ends_the_staging_of_all(tmp_path: Path) -> None:
+    config = write_run(tmp_path, steps=STEPS)
+    config.write_text(config.read_text().replace("weight: 0.", "shared_mount: true, weight: 0."))
+    full, slow = on_ranks(tmp_path, 2, stage_here, str(config), "ENOSPC", "sleep:5")
+    assert full[1] == slow[1] and full[1].startswith("data.stage: disk full at ")
+    assert not any(line.startswith("staged: ") for line in slow[2])  # not waited for
