@@ -402,7 +402,7 @@ def test_an_added_generation_is_drawn_when_asked_for(tmp_path: Path) -> None:
         "data.sources.alpha.generations: 1, but 2 are in use; set its weight"
     )
     limited = "data.sources.alpha.max_epochs=0.1"  # of each generation: the first one has been drawn from for longer
-    line = refused(lambda: plan_course(run, [*records, amended(run, records, 100, limited)[1]]))
+    line = refused(lambda: plan_course(run, [*records, amended(run, records, 100, limited)[-1]]))
     assert line.startswith("data.sources.alpha.max_epochs: 0.1 epochs of generation 0 are used up at token ")
 
 
