@@ -57,7 +57,7 @@ def documents(length: int, mean: int, device: torch.device) -> Tensor:
     return torch.from_numpy(np.cumsum(begins, dtype=np.int32))[None].to(device)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, longest_s: float = LONGEST_S) -> dict[str, Any]:
     """Run one case in this process; its row."""
     cuda = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
@@ -76,9 +76,11 @@ def measure(case: Case) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
 
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     times: list[float] = []
-    until = clock() + LONGEST_S
+    until = clock() + longest_s
     while clock() < until or (cuda and len(times) < 10):
         begun = clock()
         step()

@@ -44,6 +44,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import configs
+from benchmarks import attention
 from benchmarks.step import nanogpt_model
 from pretrain.engine.plain import Torch
 from pretrain.engine.tally import Tally
@@ -397,6 +398,25 @@ def attention_rates(device: str) -> list[str]:
     return lines
 
 
+def skipping_rates(device: str, is_time: Callable[[], bool]) -> list[str]:
+    """Lines of a table: attention that skips what is not seen against dense, as far as there is time."""
+    lengths, heads = ((2048, 8192, 32768), 12) if device == "cuda" else ((256, 512), 2)
+    lines = [
+        "| tokens | attention, a band of 256, documents of 512 | ms (spread, passes) | times as fast as dense | MiB |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for length in lengths:
+        dense_ms: float | None = None
+        for kind in attention.KINDS:
+            if not is_time():
+                return [*lines, f"| {length:,} | {kind} | left out: out of time | | |"]
+            case = attention.Case(kind, length, heads, band=256, document=512)
+            row = attention.measure(case, longest_s=0.5 if device == "cuda" else 0.05)
+            dense_ms = row["ms"] if kind == "dense" else dense_ms
+            lines.append(attention.line(row, dense_ms))
+    return lines
+
+
 def loss_rates(device: str) -> list[str]:
     """Lines of a table: output layer and loss, forward and backward, by how the logits are made."""
     tokens, width, vocabulary = (32 * 1024, 768, VOCABULARY) if device == "cuda" else (256, 64, 509)
@@ -603,7 +623,8 @@ def main() -> None:
             print(line(row), flush=True)
     parts = [*costs(rows, compiled=cuda), ""]
     if options.budget - (time.perf_counter() - begun) > LEAST_S:
-        parts += [*attention_rates(device), "", *loss_rates(device)]
+        parts += [*attention_rates(device), "", *loss_rates(device), ""]
+        parts += skipping_rates(device, lambda: options.budget - (time.perf_counter() - begun) > LEAST_S)
     print("\n".join(["", *parts]))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu_{name.replace(' ', '-')}_{datetime.date.today()}.md"

@@ -255,11 +255,22 @@ class Stream:
         """How many micro-batches every rank runs in a step."""
         return math.ceil(math.ceil(self.steps.batch(step) / self.ranks) / self.micro_batch_seqs)
 
+    def micro_rows(self, step: int) -> int:
+        """How many rows each of them has, fillers included.
+
+        While the batch grows they are a power of two: a model is compiled for each number that comes.
+        """
+        batch = self.steps.batch(step)
+        rows = math.ceil(batch / self.ranks)
+        if batch != self.steps.pieces[-1][1]:
+            rows = 1 << (rows - 1).bit_length()
+        return min(self.micro_batch_seqs, rows)
+
     def batch(self, step: int) -> Batch:
         """The batch of a step, read now."""
         share, length = self._share(step), self.data.seq_tokens
         count = len(share.samples)
-        shape = (self.micro_steps(step), min(self.micro_batch_seqs, math.ceil(self.steps.batch(step) / self.ranks)))
+        shape = self.micro_steps(step), self.micro_rows(step)
         rows = np.empty((count, length + 1), self._dtype)  # as stored: half or a quarter of what is written below
         documents = np.zeros((shape[0] * shape[1], length), np.int32) if self.data.document_mask else None
         at_once = self.open_blocks.capacity  # whose blocks are held meanwhile

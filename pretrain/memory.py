@@ -162,7 +162,8 @@ def _held_to_communicate(shape: Shape, engine: EngineSettings) -> float:
     if engine.zero_stage == 3:
         return float(min(shape.parameters, GATHERED)) * width_of(engine)
     width = SUM if engine.zero_stage == 1 else width_of(engine)
-    return float(bucket_elements(engine, shape.parameters)) * width
+    buckets = 2 if engine.overlap_comm and engine.zero_stage == 2 else 1  # one is filled while the other is sent
+    return float(buckets * bucket_elements(engine, shape.parameters)) * width
 
 
 def sums_whole(engine: DeepSpeed) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from configs import ConfigError, Int
+from configs import Bool, ConfigError, Int
 from pretrain.engine.plain import DTYPES
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
@@ -52,6 +52,7 @@ class DeepSpeed(Computation):
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Int = Field(default=1, ge=0, le=3)  # what is sharded over the ranks, see above
     offload: Offload = Offload()
+    overlap_comm: Bool = False  # ZeRO 2 and 3 send while they compute: no other results; gain: measure it on your GPUs
 
     @model_validator(mode="after")
     def _refuse_what_deepspeed_does_wrong(self) -> DeepSpeed:
@@ -100,7 +101,9 @@ class DeepSpeed(Computation):
             "stage": self.zero_stage,
             "round_robin_gradients": False,  # makes the fragment addresses wrong
             "memory_efficient_linear": False,  # stage 3 would replace torch's linear in the whole process
-            "overlap_comm": False,
+            # DeepSpeed's own default is on at stage 3 alone. It had races (#7965, #8061) that FLOOR is behind; where
+            # nothing shows that it gains, it stays off.
+            "overlap_comm": self.overlap_comm,
             # At stage 1 gradients stay where backward left them: a hook per parameter and micro-batch, and two copies
             # of all gradients, less.
             "contiguous_gradients": self.zero_stage > 1,

@@ -130,6 +130,23 @@ def test_a_skipped_sample_keeps_its_place_and_counts_nothing(ranks: int, folder:
         assert total % 2**128 == digest(samples[fed], np.array(plan.rows(samples))[fed])
 
 
+def test_a_batch_that_grows_has_few_shapes(plan: Plan) -> None:
+    sizes = range(3, 60, 2)
+    begins = np.cumsum([0, *sizes]).tolist()
+    growing = Steps([*zip(begins, sizes, strict=False), (begins[-1], 60)])
+    one, shared = plan.stream(64), [plan.stream(24, rank, 2) for rank in range(2)]
+    for stream in (one, *shared):
+        stream.steps = growing
+    shapes = set()
+    for step in range(len(sizes) + 1):
+        alone, batches = one.batch(step), [stream.batch(step) for stream in shared]
+        assert sum(batch.digest for batch in batches) % 2**128 == alone.digest
+        assert sum(int((batch.valid > 0).sum()) for batch in batches) == growing.batch(step)
+        shapes |= {batch.tokens.shape[1] for batch in batches}
+    assert shapes == {2, 4, 8, 16, 24}
+    assert one.batch(len(sizes)).tokens.shape[1] == 60  # the last one has no fillers
+
+
 def hold(stream: Stream, blocks: int) -> None:
     """Let a stream hold so few blocks at once."""
     shards, mask = stream.open_blocks.shards, stream.data.document_mask

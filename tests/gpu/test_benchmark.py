@@ -31,6 +31,8 @@ def test_without_a_gpu_the_same_command_runs_and_says_so(tmp_path: Path) -> None
     assert "tiny: DeepSpeed costs " in text
     assert "| plain products | (2, 2, 128, 64) |" in text
     assert "| chunks of 64 | " in text
+    assert all(f"| {length} | {kind} | " in text for length in (256, 512) for kind in ("dense", "banded", "documents"))
+    assert "left out" not in text
     assert str(path) in done.stdout
 
 

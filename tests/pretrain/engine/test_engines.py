@@ -34,6 +34,15 @@ def test_zero_takes_the_torch_engine_s_steps(
     assert losses == pytest.approx(reference[precision], abs=LOSS_TOLERANCE[precision])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_sending_while_computing_changes_nothing(stage: int, tmp_path: Path) -> None:
+    apart, together = (
+        on_ranks(tmp_path, 2, cases.losses, cases.settings("deepspeed", "fp32", stage, overlap_comm=overlaps), 3)[0]
+        for overlaps in (False, True)
+    )
+    assert together == apart
+
+
 def test_micro_batches_and_ranks_change_nothing(tmp_path: Path, reference: dict[str, list[float]]) -> None:
     for ranks, rows in ((1, 12), (2, 5), (3, 3)):
         losses = on_ranks(tmp_path, ranks, cases.losses, cases.settings("torch", "fp32"), 5, rows)[0]
