@@ -7,22 +7,22 @@ its samples in a part of the work, and parts may be as many processes' as there 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeVar
+from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
+from data_pipeline.failpoints import fail_at
 from data_pipeline.order import Order, Skips, digest
 from data_pipeline.shards import ShardError, Shards
 from data_pipeline.stream import Corpora, Data
 
 PART_SAMPLES = 2**17  # of which a process knows the places at a time; a group of 8 blocks of 512 lanes has as many
 
-Item = TypeVar("Item")
 Piece = tuple[int, int, int]  # of which stretch, first sample, end
+Result = tuple[dict[int, int], dict[int, str]]  # the sums of stretches, and what went wrong in some
 
 
 def stretch_digests(
@@ -35,18 +35,14 @@ def stretch_digests(
 ) -> Iterator[int | str]:
     """The digest of the samples that are fed from each bound up to the next; a line where they cannot be read.
 
-    `look` is told of the parts that were read, and of how many there are.
+    Raises ShardError where a process is killed. `look` is told of the parts that were read, and of how many there are.
     """
     parts = _parts(bounds, workers)
     reader = _Reader(order, skips, data)
-    if workers == 1:
-        results = _looked_at(map(reader.read, parts), len(parts), look)
-    else:
-        spawn = multiprocessing.get_context("spawn")  # a fork would take locks of this process' threads along
-        with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(reader,)) as pool:
-            results = _looked_at(pool.map(_read, parts), len(parts), look)
+    results = map(reader.read, parts) if workers == 1 else _read_by(workers, reader, parts)
     sums, problems = [0] * (len(bounds) - 1), [""] * (len(bounds) - 1)
-    for totals, found in results:
+    for done, (totals, found) in enumerate(results):
+        look(done + 1, len(parts))
         for stretch, total in totals.items():
             sums[stretch] += total
         for stretch, problem in found.items():
@@ -54,12 +50,49 @@ def stretch_digests(
     return (problem or total % 2**128 for total, problem in zip(sums, problems, strict=True))
 
 
-def _looked_at(results: Iterable[Item], count: int, look: Callable[[int, int], None]) -> list[Item]:
-    found = []
-    for result in results:
-        found.append(result)
-        look(len(found), count)
-    return found
+def _read_by(workers: int, reader: _Reader, parts: Sequence[list[Piece]]) -> Iterator[Result]:
+    """What the reader gives of each part, as it comes. Raises ShardError where a process dies.
+
+    Each process has a pipe of its own: one that is killed while it holds a queue's lock would leave the others waiting.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a fork would take locks of this process' threads along
+    left: dict[Connection, int] = {}
+    processes = {}
+    for worker in range(min(workers, len(parts))):
+        mine, theirs = spawn.Pipe(duplex=False)
+        share = parts[worker::workers]
+        process = spawn.Process(target=_work, args=(theirs, reader, share), daemon=True)
+        process.start()
+        theirs.close()
+        left[mine], processes[mine] = len(share), process
+    try:
+        while left:
+            for connection in wait(list(left)):
+                assert isinstance(connection, Connection)
+                try:
+                    yield connection.recv()
+                except (EOFError, ConnectionResetError):
+                    processes[connection].join()
+                    code = processes[connection].exitcode
+                    why = f"was killed (signal {-code}): out of memory?" if code < 0 else f"ended (exit code {code})"
+                    raise ShardError(
+                        f"one of the {workers} processes that read the data {why}; run the same command again, with "
+                        f"fewer of them"
+                    ) from None
+                left[connection] -= 1
+                if not left[connection]:
+                    del left[connection]
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _work(pipe: Connection, reader: _Reader, parts: Sequence[list[Piece]]) -> None:
+    """The life of a process."""
+    for part in parts:
+        fail_at("proof.part")
+        pipe.send(reader.read(part))
 
 
 def _parts(bounds: Sequence[int], workers: int) -> list[list[Piece]]:
@@ -90,8 +123,8 @@ class _Reader:
         """Those of each pool, opened by whoever reads."""
         return Corpora(self.data).shards(self.order.pools)
 
-    def read(self, part: list[Piece]) -> tuple[dict[int, int], dict[int, str]]:
-        """The sums of the stretches of a part, and what went wrong in some."""
+    def read(self, part: list[Piece]) -> Result:
+        """The sums of the stretches of a part."""
         samples = np.concatenate([np.arange(begin, end) for _, begin, end in part])
         stretch = np.concatenate([np.full(end - begin, number) for number, begin, end in part])
         fed = ~self.skips.mask(samples)
@@ -115,16 +148,3 @@ class _Reader:
         for each in self.shards:
             each.close()
         return sums, problems
-
-
-_reader: _Reader | None = None  # of a worker process
-
-
-def _begin(reader: _Reader) -> None:
-    global _reader
-    _reader = reader
-
-
-def _read(part: list[Piece]) -> tuple[dict[int, int], dict[int, str]]:
-    assert _reader is not None
-    return _reader.read(part)

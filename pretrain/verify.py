@@ -84,6 +84,8 @@ def verify_run(
     chain = [whole[path] for path in sorted(live & whole.keys(), key=lambda path: whole[path][1].position.step)]
     for (_, before), (row, after) in pairwise(chain):
         _check_growth(row, before, after)
+    if not deep and chain:
+        tell("the data were not read again: --deep adds up what was fed between the checkpoints")
     return rows + (_add_up(run, chain, workers, tell, look) if deep and chain else [])
 
 

@@ -361,6 +361,9 @@ def corpus(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "corpus"))
 
 
+TRIALS = 400  # of damage at a random place
+
+
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -405,6 +408,43 @@ def test_every_flipped_bit_is_found(whole: Path) -> None:
     assert len(kinds) == 6
     assert trials > 100
     assert list(verify(whole)) == []
+
+
+def damage_at_random(folder: Path, seed: int, damage: Callable[[bytes, random.Random], bytes]) -> None:
+    """TRIALS times: `verify` names the shard, and its blocks are read as they were written, or not at all."""
+    rng, shards = random.Random(seed), Manifest.open(folder).shards("train", 0)
+    path, blocks = shards.path(0, "tar"), range(shards.block_counts[0])
+    data, right = path.read_bytes(), [shards.read(block).copy() for block in blocks]
+    refused = 0
+    try:
+        for _ in range(TRIALS):
+            shards.close()
+            path.write_bytes(damage(data, rng))
+            assert named(path)
+            for block in blocks:
+                try:
+                    assert np.array_equal(shards.read(block), right[block])
+                except DamagedBlock:
+                    refused += 1
+    finally:
+        path.write_bytes(data)
+    assert refused > TRIALS / 4  # the others hit headers, padding, documents or the tail
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    damaged = bytearray(data)
+    damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.mark.trials(TRIALS)
+def test_a_bit_flipped_at_random_in_a_shard_is_found(whole: Path) -> None:
+    damage_at_random(whole, 3, flip)
+
+
+@pytest.mark.trials(TRIALS)
+def test_a_shard_truncated_at_random_is_found(whole: Path) -> None:
+    damage_at_random(whole, 4, lambda data, rng: data[: rng.randrange(len(data))])
 
 
 def test_every_changed_byte_of_the_manifest_is_found(whole: Path) -> None:

@@ -161,6 +161,7 @@ def fed_rows(batches: Sequence[Batch]) -> Counter[tuple[int, ...]]:
     )
 
 
+@pytest.mark.trials(25)
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, folder: Path) -> None:

@@ -277,6 +277,7 @@ def test_the_command_says_what_there_is_not(folder: Path, tmp_path: Path) -> Non
 # --- a real run, on one, two, three and four ranks --------------------------------------------------------------------
 
 
+@pytest.mark.trials(4)
 def test_amended_twice_and_resumed_on_other_ranks_each_time(tmp_path: Path) -> None:
     quiet = {
         key: value for key, value in environment(0, 1, 0).items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
