@@ -12,6 +12,7 @@ it is recorded in the branch's record, and the run goes on with its own checkpoi
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,10 @@ from pretrain.models.hugging_face import OURSELVES, read_config, read_folder, we
 from pretrain.models.weights import initial_value, matched
 from pretrain.ranks import Ranks
 from pretrain.run import TrainRun, load_run
-from pretrain.segments import SegmentRecord, Segments, configured, first_segment, settled
+from pretrain.segments import FORMAT_VERSION, SegmentRecord, Segments, configured, first_segment, settled
+from pretrain.withdrawn import Found, find
+
+log = logging.getLogger("pretrain")
 
 ORIGIN = Position(0, 0, 0, "0" * 32)
 
@@ -106,6 +110,31 @@ def first_records(run: TrainRun, parent: Parent | None) -> list[SegmentRecord]:
     if parent is None or parent.kind == "init" or run.fork_position == "fresh":
         return [first_segment(run, Corpora(run.data))]
     return _parent_s_records(run, checkpoint.open_checkpoint(parent.folder, parent.hash))
+
+
+def carry_takedowns(run: TrainRun, parent: Parent, records: list[SegmentRecord]) -> list[SegmentRecord]:
+    """The records of a new run, which feed nothing that was taken down in its parent, at whatever step of it.
+
+    Files of what is withdrawn are written into the run's folder. Raises ConfigError, ShardError.
+    """
+    if parent.step is None:
+        return records
+    theirs = Segments(parent.folder.parents[1]).read()
+    known = {id for record in records if record.withdrawn is not None for id in record.withdrawn.ids()}
+    ids = [id for record in theirs if record.withdrawn is not None for id in record.withdrawn.ids() if id not in known]
+    if not ids:
+        return records
+    last, corpora = records[-1], Corpora(configured(run, records).data)
+    found = find(corpora, last.generations, [], ids) or Found([], {}, [], [], {}, [])
+    what = f"{len(found.held)} documents of {len(ids)} ids taken down in {parent.name}"
+    withdrawn = replace(found, what=[what], ids=ids).write(run.run_folder / "segments")
+    log.info("%s: are not fed in this run either", what)
+    if last.from_sample < parent.position.samples or last.withdrawn is not None:
+        last = replace(
+            last, segment=len(records), from_sample=parent.position.samples, changes=[], skips=[], withdrawn=None
+        )
+        records = [*records, last]
+    return [*records[:-1], replace(last, withdrawn=withdrawn, format=FORMAT_VERSION)]
 
 
 def give_first_values(engine: Engine, run: TrainRun, parent: Parent | None, ranks: Ranks) -> None:

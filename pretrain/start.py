@@ -9,7 +9,7 @@ import os
 import platform
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -31,7 +31,15 @@ from pretrain.fields import check_same_run
 from pretrain.guard import StopSignals
 from pretrain.lineage import AMEND, Lineage, TakenOver
 from pretrain.meter import Meter, Startup, peak_flops
-from pretrain.parent import ORIGIN, Parent, check_same_parent, find_parent, first_records, give_first_values
+from pretrain.parent import (
+    ORIGIN,
+    Parent,
+    carry_takedowns,
+    check_same_parent,
+    find_parent,
+    first_records,
+    give_first_values,
+)  # fmt: skip
 from pretrain.ranks import Ranks
 from pretrain.restore import run_tokenizer, same_tokenizer
 from pretrain.run import TrainRun, found_at, load_run
@@ -250,6 +258,8 @@ def _open_run(run: TrainRun) -> Start:
         run.run_folder.mkdir(parents=True, exist_ok=True)
         Segments(run.run_folder).clear()
         write_durably(run.run_folder / "run.yaml", configs.dump(run).encode())
+        if start.parent is not None:
+            start = replace(start, records=carry_takedowns(run, start.parent, start.records))
         for record in start.records:
             Segments(run.run_folder).write(record)
         return start

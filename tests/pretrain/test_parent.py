@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain import checkpoint
+from pretrain.amend import amend
 from pretrain.lineage import Lineage
 from pretrain.models.gpt import Gpt
 from pretrain.models.hugging_face import theirs_config, to_theirs
 from pretrain.models.weights import initialize
+from pretrain.run import load_run
+from pretrain.trace import trace_document
 from tests.runs import TORCH, Started, final_state, losses, run_to_end, write_run, zero
 
 ALL = ("checkpoint.keep_last=99",)
@@ -219,3 +222,28 @@ def test_what_is_refused(parent: Path, tmp_path: Path) -> None:
     assert "fork_from and init_from: give one of them" in refused(config, "fork_from=a@1", "init_from=b")
     assert "expected RUN@step, models:/NAME@alias or a folder, got an empty name" in refused(config, "init_from=' '")
     assert not (tmp_path / "run/run.yaml").exists()
+
+
+# --- what was taken down ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_parent_has_taken_down_is_fed_to_no_child(tmp_path: Path) -> None:
+    """Nor to a child's child, also where it was taken down after the checkpoint that it begins from."""
+    config = write_run(tmp_path)
+    run_to_end(config, 1, "stop_at_step=10")
+    (tmp_path / "ids.txt").write_text("\n".join(ids := ["alpha:s0/2", "alpha:s0/3", "beta:s0/11"]))
+    amend(config, [f"takedown={tmp_path / 'ids.txt'}"])
+    run = f"{tmp_path}/run@10"
+    children = {
+        "fresh": (run, [f"fork_from={run}"], 0),
+        "weights": (run, [f"init_from={run}"], 0),
+        "along": (run, [f"fork_from={run}", "fork_position=parent"], 100),
+        "grandchild": (f"{tmp_path}/fresh@2", [f"fork_from={tmp_path}/fresh@2", "seed=5"], 0),
+    }
+    for name, (parent, named, begins) in children.items():
+        text = run_to_end(config, 1, *named, f"run_folder={tmp_path / name}", f"stop_at_step={begins // 10 + 2}", *ALL)
+        assert f"3 documents of 3 ids taken down in {parent}: are not fed in this run either" in text
+        child = load_run(tmp_path / name)
+        seen = [s for id in ids for document in trace_document(child, id) for s in document.sightings]
+        assert {s.state for s in seen if s.sample >= begins} == {"skipped"}
+        run_to_end(config, 1, *named, f"run_folder={tmp_path / name}", f"stop_at_step={begins // 10 + 4}", *ALL)
