@@ -73,7 +73,7 @@ def _read_by(workers: int, reader: _Reader, parts: Sequence[list[Piece]]) -> Ite
                     yield connection.recv()
                 except (EOFError, ConnectionResetError):
                     processes[connection].join()
-                    code = processes[connection].exitcode
+                    code = processes[connection].exitcode or 0
                     why = f"was killed (signal {-code}): out of memory?" if code < 0 else f"ended (exit code {code})"
                     raise ShardError(
                         f"one of the {workers} processes that read the data {why}; run the same command again, with "

@@ -73,7 +73,7 @@ def test_hardware_is_apart_from_the_run_and_the_run_may_be_overridden() -> None:
     assert made.hardware.gpu == "a100" and made.batch_seqs == 64
     first = made.expected[0]
     assert first.gpu_hours == pytest.approx(first.days * 24 * 8)
-    assert first.usd == pytest.approx(first.gpu_hours * 2)
+    assert first.gpu_hours is not None and first.usd == pytest.approx(first.gpu_hours * 2)
     assert all(each.usd is None for each in made.expected[1:])  # whose price is another
 
 
