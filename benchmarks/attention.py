@@ -76,8 +76,6 @@ def measure(case: Case, longest_s: float = LONGEST_S) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
 
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     times: list[float] = []
     until = clock() + longest_s
@@ -98,10 +96,14 @@ def measure(case: Case, longest_s: float = LONGEST_S) -> dict[str, Any]:
     }
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    """Run one case in a process of its own; its row, or the last line of its error."""
+def run_case(case: Case, longest_s: float = LONGEST_S, timeout_s: float = 900.0) -> dict[str, Any]:
+    """Run one case in a process of its own, which compiles for it alone; its row, or the last line of its error."""
     command = [sys.executable, "-m", "benchmarks.attention", "--case", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    command += ["--seconds", str(longest_s)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return {**asdict(case), "error": f"not done in {timeout_s:.0f} s"}
     for line in done.stdout.splitlines():
         if line.startswith("ROW "):
             return dict(json.loads(line[4:]))
@@ -126,9 +128,10 @@ def main() -> None:
     parser.add_argument("--document", type=int, default=512)
     parser.add_argument("--lengths", default="2048,8192,32768")
     parser.add_argument("--case")
+    parser.add_argument("--seconds", type=float, default=LONGEST_S)
     options = parser.parse_args()
     if options.case:
-        print("ROW " + json.dumps(measure(Case(**json.loads(options.case)))), flush=True)
+        print("ROW " + json.dumps(measure(Case(**json.loads(options.case)), options.seconds)), flush=True)
         os._exit(0)
     cuda = torch.cuda.is_available()
     name = torch.cuda.get_device_name() if cuda else f"CPU {os.cpu_count()} cores"

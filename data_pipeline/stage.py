@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,15 +188,18 @@ def _check_room(folder: Path, missing: Sequence[_File]) -> None:
 def _copy_all(folder: Path, missing: Sequence[_File], is_over: Callable[[], bool]) -> None:
     progress = Beside("staging", sum(file.bytes for file in missing), log)
     log.info("staging %d files, %s, to %s", len(missing), size(progress.total), folder)
+    failed = threading.Event()
     with ThreadPoolExecutor(COPIED_AT_ONCE, thread_name_prefix="longhaul-stage") as pool:
-        futures = [pool.submit(_copy, file, progress, is_over) for file in missing]
+        futures = [pool.submit(_copy, file, progress, lambda: is_over() or failed.is_set()) for file in missing]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
         finally:
+            failed.set()  # what is being copied is left where it is
             for future in futures:
                 future.cancel()
-    log.info("staged: %s", progress.line())
+    if not is_over():
+        log.info("staged: %s", progress.line())
 
 
 def _copy(file: _File, progress: Beside, is_over: Callable[[], bool]) -> None:

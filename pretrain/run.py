@@ -21,7 +21,7 @@ from pretrain.objectives import NextToken, Objective
 from pretrain.optim import Optim
 from pretrain.preflight import Preflight
 from pretrain.profile import Profile
-from pretrain.schedule import BatchRamp, Schedule, WarmupStableDecay, step_pieces
+from pretrain.schedule import BatchRamp, Schedule, step_pieces
 from pretrain.track import Track
 
 
@@ -91,13 +91,6 @@ class TrainRun(Section):
                 raise ValueError(
                     f"batch_ramp.increment_tokens: {ramp.increment_tokens} is less than one sequence of "
                     f"data.seq_tokens {seq}"
-                )
-        if isinstance(self.schedule, WarmupStableDecay):
-            warm_up, cooldown = self.schedule.warmup_tokens, self.schedule.cooldown_tokens
-            if warm_up + cooldown > self.train_tokens:
-                raise ValueError(
-                    f"schedule: warmup_tokens {warm_up} and cooldown_tokens {cooldown} overlap: together they are more "
-                    f"than train_tokens {self.train_tokens}"
                 )
         if self.data.seq_tokens > self.model.context:
             raise ValueError(

@@ -99,6 +99,7 @@ def _read(path: Path) -> SegmentRecord:
 
 def first_segment(run: TrainRun, corpora: Corpora) -> SegmentRecord:
     """What is chosen and found when a run begins."""
+    _check_schedule(run)
     generations = {name: _generations(run, corpora, name) for name in run.data.sources}
     pools = corpora.pools(generations)
     lanes = run.data.lanes or choose_lanes([pool.blocks for pool in pools], run.batch_seqs)
@@ -120,6 +121,7 @@ def amended_segment(
     amended = configured(run, [*records, replace(records[-1], changes=list(changes))])
     amended = build(type(run), absolute(amended.model_dump()), "amended run")
     _check_amendable(run, configured(run, records), amended)
+    _check_schedule(amended)
     changes = [settled(change.partition("=")[0], amended) for change in changes]
     corpora = Corpora(amended.data)
     generations = {name: amended.data.sources[name].generations or records[-1].generations.get(name)
@@ -347,6 +349,16 @@ def configured(run: TrainRun, records: Sequence[SegmentRecord]) -> TrainRun:
 
 def _generations(run: TrainRun, corpora: Corpora, name: str) -> int:
     return run.data.sources[name].generations or len(corpora.manifests[name].generations)
+
+
+def _check_schedule(run: TrainRun) -> None:
+    """Raise ConfigError where the learning rate would jump. What has begun so is read on."""
+    schedule = run.schedule
+    if schedule.kind == "warmup_stable_decay" and schedule.warmup_tokens + schedule.cooldown_tokens > run.train_tokens:
+        raise ConfigError(
+            f"schedule: warmup_tokens {schedule.warmup_tokens} and cooldown_tokens {schedule.cooldown_tokens} overlap: "
+            f"together they are more than train_tokens {run.train_tokens}"
+        )
 
 
 def _check_amendable(run: TrainRun, before: TrainRun, after: TrainRun) -> None:

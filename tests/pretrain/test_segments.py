@@ -463,7 +463,7 @@ def test_what_is_wrong_with_a_ramp_is_said(overrides: list[str], message: str, f
 
 def test_a_cooldown_that_overlaps_the_warm_up_is_refused(folder: Path) -> None:
     schedule = "schedule={kind: warmup_stable_decay, warmup_tokens: 4e4, cooldown_tokens: 3e4}"
-    assert refused(lambda: run_of(folder, schedule)).endswith(
+    assert refused(lambda: begun(run_of(folder, schedule))).endswith(
         "warmup_tokens 40000 and cooldown_tokens 30000 overlap: together they are more than train_tokens 25600"
     )
 
