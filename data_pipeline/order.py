@@ -212,7 +212,7 @@ class Exhausted:
 
     source: str
     sample: int
-    generation: int = 0
+    generation: int
 
 
 class Order:

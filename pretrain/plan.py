@@ -301,8 +301,8 @@ def make_plan(run: TrainRun, hardware: Hardware) -> Plan:
     expected = [task.expect(place) for place in places]
     return Plan(
         run.name, shape.parameters, flops, run.batch_seqs, run.data.seq_tokens, run.train_tokens, hardware, configured,
-        advised, reason, _changes(run, engine, advised), _notes(run, configured, hardware), by_recompute, expected,
-        _saves(shape, advised, run, hardware),
+        advised, reason, _changes(run, engine, configured, advised), _notes(run, configured, hardware), by_recompute,
+        expected, _saves(shape, advised, run, hardware),
     )  # fmt: skip
 
 
@@ -388,7 +388,7 @@ class _Task:
         roomy = [each for each in wanting if each.memory.total <= hardware.room]
         if roomy and (offloaded is None or offloaded > hardware.nodes):
             least = min(each.memory.host for each in roomy) * hardware.gpus_per_node / GIB
-            text += f"; these would do with {math.ceil(least):,} GiB a host (hardware.host_gib)"
+            text += f"; {hardware.ranks} would do with {math.ceil(least):,} GiB a host (hardware.host_gib)"
         return text
 
     def _least_nodes(self, engines: Sequence[DeepSpeed], hardware: Hardware) -> int | None:
@@ -507,8 +507,8 @@ def _engine_of(configured: EngineSettings, choice: Choice) -> EngineSettings:
     return DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": choice.recompute, "offload": offload})
 
 
-def _changes(run: TrainRun, engine: EngineSettings, choice: Choice) -> tuple[str, ...]:
-    """What makes the configured engine and micro-batch those of a choice, as it is given on the command line."""
+def _changes(run: TrainRun, engine: EngineSettings, configured: Choice, advised: Choice) -> tuple[str, ...]:
+    """What makes the configured engine and micro-batch those that are advised, as it is given on the command line."""
     before, after = run.engine.model_dump(mode="json"), engine.model_dump(mode="json")
     if before["kind"] == after["kind"]:
         was = configs.flatten(before)
@@ -518,8 +518,8 @@ def _changes(run: TrainRun, engine: EngineSettings, choice: Choice) -> tuple[str
         plain = DeepSpeed().model_dump(mode="json")
         named = ("kind", "zero_stage", "precision")
         changes = [f"engine={_flow({k: after[k] for k in after if k in named or after[k] != plain[k]})}"]
-    if run.micro_batch_seqs not in ("fit", choice.micro_batch_seqs):
-        changes.append(f"micro_batch_seqs={choice.micro_batch_seqs}")
+    if run.micro_batch_seqs != "fit" and configured.micro_batch_seqs != advised.micro_batch_seqs:
+        changes.append(f"micro_batch_seqs={advised.micro_batch_seqs}")
     return tuple(changes)
 
 
@@ -542,9 +542,9 @@ def _notes(run: TrainRun, configured: Choice, hardware: Hardware) -> tuple[str, 
         notes.append(f"as configured: does not fit: what is offloaded needs {needs:,.0f} GiB of a node's {had}")
     least = min(seqs for _, seqs in run.step_pieces(0))
     if least < hardware.ranks:
-        when = "a step" if run.batch_ramp is None else "a step has at first"
-        idle = f"{hardware.ranks - least} of {hardware.ranks} ranks have nothing to do"
-        notes.append(f"{idle}: {when} {'has ' if run.batch_ramp is None else ''}{least} sequences")
+        when = "" if run.batch_ramp is None else " at first"
+        idle = f"{hardware.ranks - least} of {hardware.ranks} ranks have nothing to do{when}"
+        notes.append(f"{idle}: a step has {least} sequences")
     return tuple(notes)
 
 

@@ -61,6 +61,8 @@ class _Decay(_WarmUp):
 
     def _after(self, tokens: int, train_tokens: int) -> float:
         end = self.decay_tokens or train_tokens
+        if end <= self.warmup_tokens:  # the training ends within the warm-up: at the peak at most
+            return 1.0
         if tokens >= end:
             return self.final_fraction
         progress = (tokens - self.warmup_tokens) / (end - self.warmup_tokens)

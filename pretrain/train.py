@@ -67,7 +67,7 @@ def train(run: TrainRun, stop: StopSignals) -> int:
             attempt.finish(code, why)
         return code
     except Exception as error:
-        watchdog.first()
+        watchdog.wait_if_it_ends()
         together = "said_by_rank_0" in vars(error) or isinstance(error, PreflightError)
         code = guard.OUT_OF_MEMORY if is_out_of_memory(error) else ENDS.get(type(error), guard.FAILED)
         if attempt is not None:

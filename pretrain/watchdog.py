@@ -140,8 +140,8 @@ class Watchdog:
         self._stopped = True
         faulthandler.cancel_dump_traceback_later()
 
-    def first(self) -> None:
-        """Where it ends this process: let it. What the main thread then raises comes of the others' ends."""
+    def wait_if_it_ends(self) -> None:
+        """Where it is ending this process, which it then does; what is raised meanwhile comes of the others' ends."""
         if self._ending:
             self._thread.join()
 

@@ -29,6 +29,7 @@ from tests.corpora import FORMAT, make_corpus, make_slice
 T = 128  # seq_tokens
 BATCH = 10
 LANES = 4
+SHAPES = 25  # of machines, drawn
 STEPS = 9  # the last three with half the batch
 
 
@@ -161,9 +162,9 @@ def fed_rows(batches: Sequence[Batch]) -> Counter[tuple[int, ...]]:
     )
 
 
-@pytest.mark.trials(25)
+@pytest.mark.trials(SHAPES)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=SHAPES, deadline=None)
 def test_any_shape_of_the_machine_gives_the_same_steps(data: st.DataObject, folder: Path) -> None:
     """Resumed at any step on other ranks, micro-batches, threads, caches: the same samples, the same digest."""
     draw, sizes = data.draw, st.integers(1, 40)

@@ -81,7 +81,7 @@ def test_hardware_is_apart_from_the_run_and_the_run_may_be_overridden() -> None:
     "overrides",
     [
         ["hardware.nodes=64", "batch_tokens=3200Ki", "engine={kind: torch, loss: chunked}"],
-        ["hardware.nodes=64", "batch_tokens=3200Ki", "micro_batch_seqs=64"],
+        ["hardware.nodes=32", "batch_tokens=3200Ki", "micro_batch_seqs=1"],
         ["hardware.nodes=4", "hardware.host_gib=4000", "batch_tokens=3200Ki"],
         ["hardware.nodes=512", "engine.zero_stage=3", "engine.recompute=full", "engine.offload.optimizer=true"],
     ],
@@ -100,6 +100,8 @@ def test_a_micro_batch_that_is_given_is_the_one_that_is_planned() -> None:
     path = configs.CONFIGS / "gpt2-xl.yaml"
     fits = load_plan(path, ["micro_batch_seqs=4"])
     assert fits.as_configured.micro_batch_seqs == 4 and not fits.notes
+    more = load_plan(path, ["hardware.nodes=64", "micro_batch_seqs=4"])  # than a rank has of a step
+    assert more.as_configured.micro_batch_seqs == more.advised.micro_batch_seqs == 1 and not more.changes
     large = load_plan(path, ["micro_batch_seqs=64"])
     assert large.as_configured.micro_batch_seqs == 64 and not large.as_configured.fits
     (note,) = large.notes
@@ -111,7 +113,7 @@ def test_smaller_steps_at_first_take_longer_and_leave_ranks_idle() -> None:
     wide = ["hardware.nodes=16", "hardware.network_gb_s=25"]
     ramped, level = load_plan(path, wide), load_plan(path, [*wide, "batch_ramp=null"])
     assert ramped.advised == level.advised and ramped.expected[0].days > 1.01 * level.expected[0].days
-    assert ramped.notes == ("112 of 128 ranks have nothing to do: a step has at first 16 sequences",)
+    assert ramped.notes == ("112 of 128 ranks have nothing to do at first: a step has 16 sequences",)
     assert not level.notes
 
 

@@ -45,6 +45,12 @@ def test_after_the_warm_up_it_never_rises_nor_jumps(schedule: Schedule) -> None:
     assert max(falls) < 0.006
 
 
+@pytest.mark.parametrize("schedule", [Cosine(warmup_tokens=100), Linear(warmup_tokens=100)], ids=repr)
+@pytest.mark.parametrize("train_tokens", [50, 99, 100])
+def test_a_training_that_ends_within_the_warm_up_does_not_jump(schedule: Schedule, train_tokens: int) -> None:
+    assert [schedule.factor(tokens, train_tokens) for tokens in (98, 99, 100, 103)] == [0.98, 0.99, 1.0, 1.0]
+
+
 def test_a_cosine_ends_at_its_fraction_in_the_last_step() -> None:
     cosine = Cosine(warmup_tokens=100, final_fraction=0.2)
     assert cosine.factor(550, 1000) == pytest.approx(0.6)  # half-way between 100 and 1000

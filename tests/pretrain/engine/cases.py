@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from pretrain.models.gpt import Gpt
 from pretrain.models.weights import initial_value
 from pretrain.objectives import Batch, NextToken
 from pretrain.optim import AdamW, Rates
+from pretrain.parent import give_first_values
 from pretrain.ranks import Ranks
 
 # width 62: at 3 and 4 ranks ZeRO's partitions are padded
@@ -45,9 +47,8 @@ def make(ranks: Ranks, engine: Torch | DeepSpeed) -> Engine:
     with torch.device("meta"):
         model = MODEL.build()
     live = engine.build(model, OPTIM, ranks)
-    state = live.state()
-    put(state, ((name, initial_value(model, name, shape, seed=1)) for name, shape in state.shapes.items()))
-    live.loaded(state)
+    run: Any = SimpleNamespace(seed=1)
+    give_first_values(live, run, None, ranks)
     return live
 
 
@@ -230,9 +231,16 @@ def left_after_release(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[i
     return found
 
 
-def initial_hashes(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[str]:
-    """Of the state of each engine, by the weights of a run's seed, before its first step."""
-    return [state_hash(ranks, make(ranks, engine)) for engine in engines]
+def initial_masters(ranks: Ranks, engines: list[Torch | DeepSpeed]) -> list[bool]:
+    """Whether the masters of each engine are, to the last bit, what a run's seed gives, and its moments 0."""
+    found, model = [], MODEL.build()
+    for engine in engines:
+        live = make(ranks, engine)
+        whole = gathered(ranks, live)
+        for name, shape in live.state().shapes.items():
+            whole[f"{name}/{MASTER}"] -= initial_value(model, name, shape, seed=1).flatten()
+        found.append(not any(values.any() for values in whole.values()))
+    return found
 
 
 def most_while_built(alone: Ranks, model: Gpt, engine: Torch | DeepSpeed) -> int:
