@@ -44,6 +44,16 @@ def after_trials(ranks: Ranks, settings: EngineSettings, failing: str) -> tuple[
     return rows, built, cases.train(ranks, engine, range(3)), untouched
 
 
+def one_trial(ranks: Ranks, rows: int) -> list[tuple[int, bool]]:
+    """For each micro-batch of a trial of `rows`: (its rows, whether attention was told of documents)"""
+    data = {"seq_tokens": cases.LENGTH, "sources": {"a": {"shards": "nowhere"}}, "document_mask": True}
+    engine = cases.make(ranks, cases.settings("torch", "fp32"))
+    seen: list[tuple[int, bool]] = []
+    engine.module.register_forward_pre_hook(lambda _, fed: seen.append((len(fed[0]), fed[3] is not None)))
+    assert fit._fits(a_run(data=data), ranks, engine, rows)
+    return seen
+
+
 def one_rank_runs_out(settings: EngineSettings, alone: int) -> None:
     """A trial of which the step of one rank, alone, runs out of memory; the others wait for its gradients."""
     fit.GRACE_S = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from pretrain.guard import OUT_OF_MEMORY
 from pretrain.memory import evened
 from pretrain.run import TrainRun
 from tests.pretrain.engine import cases
-from tests.pretrain.fitted import a_run, after_trials, one_rank_runs_out
+from tests.pretrain.fitted import a_run, after_trials, one_rank_runs_out, one_trial
 from tests.processes import RankProcess, environment, free_port, on_ranks
 from tests.runs import Started, losses, write_run
 
@@ -38,15 +37,9 @@ def test_trials_find_the_largest_and_leave_no_trace(
 
 
 @pytest.mark.parametrize(("rows", "passes"), [(12, 1), (6, 2), (2, 2)])
-def test_a_trial_is_as_a_step_of_the_run(rows: int, passes: int) -> None:
+def test_a_trial_is_as_a_step_of_the_run(rows: int, passes: int, tmp_path: Path) -> None:
     """Gradients lie beside the second micro-batch, and attention may be told of documents."""
-    data = {"seq_tokens": cases.LENGTH, "sources": {"a": {"shards": "nowhere"}}, "document_mask": True}
-    alone: Any = _Alone()
-    engine = cases.make(alone, cases.settings("torch", "fp32"))
-    seen = []
-    engine.module.register_forward_pre_hook(lambda _, fed: seen.append((len(fed[0]), fed[3] is not None)))
-    assert fit._fits(a_run(data=data), alone, engine, rows)
-    assert seen == [(rows, True)] * passes
+    assert on_ranks(tmp_path, 1, one_trial, rows) == [[(rows, True)] * passes]
 
 
 def test_ranks_that_wait_for_one_without_memory_end_with_it(tmp_path: Path) -> None:
