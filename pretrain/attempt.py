@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from pretrain.together import Abandoned, Poll, Together
 from pretrain.track import Journal, SystemMetrics, Trackers
 from pretrain.watchdog import Watchdog
 
+T = TypeVar("T")
+
 log = logging.getLogger("pretrain")
 
 MOST_DOCUMENTS = 1000  # whose ids a record of the journal holds
@@ -64,6 +67,17 @@ STOPS = {
     guard.STOPPED: Ending(guard.STOPPED, "stopped and saved, to be started again", saves=True),
     guard.INTERRUPTED: Ending(guard.INTERRUPTED, "interrupted and saved", saves=True),
 }
+
+
+def _besides(method: Callable[[Attempt], T]) -> Callable[[Attempt], T]:
+    """What is done between steps, which a profile of the steps leaves out."""
+
+    @functools.wraps(method)
+    def left_out(self: Attempt) -> T:
+        with self.profiler.besides():
+            return method(self)
+
+    return left_out
 
 
 @dataclass
@@ -241,6 +255,7 @@ class Attempt:
 
     # --- between steps --------------------------------------------------------------------------------------------
 
+    @_besides
     def evaluate(self) -> bool:
         """Measure the validation loss of every corpus, and write the samples of text; False where that was left
         unfinished, the ranks asked to stop."""
@@ -282,6 +297,7 @@ class Attempt:
         with measuring(model):
             return write_samples(cast(GPT, model), self.tokenizer, wanted, self.ranks, poll)
 
+    @_besides
     def evaluate_tasks(self) -> bool:
         """Measure the scores of the tasks; False where that was left unfinished, the ranks asked to stop."""
         begun, settings = time.perf_counter(), self.run.evaluation
@@ -316,6 +332,7 @@ class Attempt:
     def _is_asked_to_stop(self) -> bool:
         return self.stop.exit_code(2 * (self.save_s or 0.0)) is not None
 
+    @_besides
     def save(self) -> Ending | None:
         """Begin a checkpoint of this position, unless it has one; an end instead where the weights are damaged."""
         if self.saver.last_step == self.position.step:

@@ -16,7 +16,7 @@ import torch
 from pretrain.engine import EngineSettings
 from pretrain.engine.zero import DeepSpeed
 from pretrain.models import Model
-from pretrain.models.loss import CHUNK_BYTES, MULTIPLE, SHARE_OF_MEMORY, LossPlan, loss_plan
+from pretrain.models.loss import LossPlan, loss_plan
 from pretrain.run import TrainRun
 
 GIB = 2**30
@@ -269,16 +269,14 @@ def largest_micro_batch(
 
 
 def evened(largest: int, seqs: int) -> int:
-    """The micro-batch that needs no more of them than `largest` for `seqs` sequences, with the fewest rows to spare."""
-    micro_steps = math.ceil(seqs / largest)
+    """The micro-batch, no larger than `largest`, that costs least for `seqs` sequences.
+
+    Rows that fill up the last one are computed too, and each costs about half a row more than its rows.
+    """
+    fewest = math.ceil(seqs / largest)
+    tried = range(fewest, min(seqs, 3 * fewest) + 1)  # beyond, the half rows cost more than any rows that fill up
+    micro_steps = min(tried, key=lambda steps: (math.ceil(seqs / steps) + 0.5) * steps)
     return math.ceil(seqs / micro_steps)
-
-
-def loss_plan_on(engine: EngineSettings, kind: str, memory: float) -> LossPlan:
-    """What `engine.loss` stands for on a device of that kind, cuda or cpu, with so much memory."""
-    chunk = CHUNK_BYTES[kind]
-    whole = {"plain": math.inf, "chunked": 0.0, None: memory / SHARE_OF_MEMORY}[engine.loss]
-    return LossPlan(whole, chunk, MULTIPLE.get(kind, 1))
 
 
 def run_memory(run: TrainRun, ranks: int, rows: int, device: torch.device) -> Memory:
@@ -307,10 +305,10 @@ def explain_out_of_memory(run: TrainRun, ranks: int, where: str, device: torch.d
         free, total = torch.cuda.mem_get_info(device)
         peak = torch.cuda.max_memory_allocated(device)
         lines.append(f"    {'device':<22}{total / GIB:>9.2f} GiB, {free / GIB:.2f} free, {peak / GIB:.2f} at the peak")
-    return "\n".join([*lines, f"remedy: {remedy(run, rows, memory)}"])
+    return "\n".join([*lines, f"remedy: {remedy(run, ranks, rows, memory)}"])
 
 
-def remedy(run: TrainRun, rows: int, memory: Memory) -> str:
+def remedy(run: TrainRun, ranks: int, rows: int, memory: Memory) -> str:
     """What to change: the micro-batch where the batch's parts are the larger ones, else what holds the states."""
     for_batch = memory.activations + memory.logits
     if rows > 1 and for_batch > memory.total / 4:
@@ -321,12 +319,14 @@ def remedy(run: TrainRun, rows: int, memory: Memory) -> str:
     if for_batch > memory.total / 4 and run.engine.recompute != "full":
         more = "selective" if run.engine.recompute == "none" else "full"
         return f"engine.recompute={more}, which keeps fewer activations and computes them again"
-    stage = run.engine.zero_stage if isinstance(run.engine, DeepSpeed) else 0
-    if stage < 3:
-        wanted = max(1, stage + 1)
-        if isinstance(run.engine, DeepSpeed):
-            return f"engine.zero_stage={wanted}, or more ranks"  # and all else of the engine as it is
-        return f"engine={{kind: deepspeed, zero_stage: {wanted}, precision: {run.engine.precision}}}, or more ranks"
-    if isinstance(run.engine, DeepSpeed) and not run.engine.offload.optimizer:
+    if not isinstance(run.engine, DeepSpeed):
+        offload = ", offload: {optimizer: true}" if ranks == 1 else ""  # one rank has nobody to share its states with
+        return f"engine={{kind: deepspeed, zero_stage: 1, precision: {run.engine.precision}{offload}}}, or more ranks"
+    if run.engine.zero_stage < 3 and ranks > 1:
+        return f"engine.zero_stage={run.engine.zero_stage + 1}, or more ranks"  # and all else of the engine as it is
+    if not run.engine.offload.optimizer:
         return "more ranks, of which each has a smaller share; or engine.offload.optimizer=true"
+    if not run.engine.offload.parameters:
+        stage = "engine.zero_stage=3 " if run.engine.zero_stage < 3 else ""
+        return f"more ranks; or {stage}engine.offload.parameters=true"
     return "more ranks: stage 3 gives each a smaller share"

@@ -33,14 +33,13 @@ from pretrain.memory import (
     evened,
     held_matrix,
     largest_micro_batch,
-    loss_plan_on,
     step_memory,
     sums_whole,
     width_of,
 )  # fmt: skip
 from pretrain.meter import PEAK_FLOPS, duration
 from pretrain.models.gpt import Gpt
-from pretrain.models.loss import LossPlan
+from pretrain.models.loss import LossPlan, loss_plan_of
 from pretrain.run import TrainRun, load_run
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank
 TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
 MODEL_BATCH = 1 << 19  # tokens of a step, where a model is planned without a run
 SAME_SPEED = 0.98  # of the fastest: the simpler way is taken
+FASTER = 1.001  # than what would be advised: what is configured stays
 MOST_NODES = 1 << 16
 LEAST_HELD_S = 0.1  # of a save, whatever its size: ranks wait for each other
 LEAST_INTERVAL_S = 60.0  # between saves
@@ -85,7 +85,10 @@ CARDS = {
 
 
 class Published(NamedTuple):
-    """A share of the dense bf16 peak that somebody has reached, by 6 N + 12 L C T operations per token."""
+    """A share of the dense bf16 peak that somebody has reached, by 6 N + 12 L C T operations per token.
+
+    Where blocks were computed twice, those operations count as well, as `RECOMPUTED` does for what is planned.
+    """
 
     parameters: float
     mfu: float
@@ -95,15 +98,12 @@ class Published(NamedTuple):
 MOSAIC = "llm-foundry, scripts/train/benchmarking"
 MEASURED = "benchmarks/gpu_NVIDIA-H200_2026-11-26.md, one H200, ZeRO 1"
 PUBLISHED = {
-    "h100": [
+    "h100": [  # an H200 is the same chip with more and faster memory
         Published(124e6, 0.401, "llm.c, 8 x H100 (modded-nanogpt README)"),
-        Published(760e6, 0.398, f"{MOSAIC}, 8 x H100"),
-        Published(1.3e9, 0.4195, f"{MOSAIC}, 8 x H100"),
-        Published(3e9, 0.462, f"{MOSAIC}, 8 x H100"),
-        Published(7e9, 0.464, f"{MOSAIC}, 8 x H100"),
-        Published(13e9, 0.443, f"{MOSAIC}, 8 x H100"),
-        Published(30e9, 0.439, f"{MOSAIC}, 32 x H100"),
-        Published(70e9, 0.426, f"{MOSAIC}, 64 x H100"),
+        Published(1.3e9, 0.586, MEASURED),
+        Published(13e9, 0.590, f"{MOSAIC}, 8 x H100, MFU 44.3 % with every block computed twice"),
+        Published(30e9, 0.585, f"{MOSAIC}, 32 x H100, MFU 43.9 % with every block computed twice"),
+        Published(70e9, 0.568, f"{MOSAIC}, 64 x H100, MFU 42.6 % with every block computed twice"),
         Published(175e9, 0.47, "Megatron-LM README, 96 x H100, tensor and pipeline parallel"),
     ],
     "a100": [
@@ -115,11 +115,7 @@ PUBLISHED = {
         Published(176e9, 0.48, "BLOOM, 384 x A100, about 150 TFLOP/s, tensor and pipeline parallel"),
     ],
 }
-PUBLISHED["h200"] = [  # with this software where it was measured, larger models as on H100
-    Published(124e6, 0.439, MEASURED),
-    Published(1.3e9, 0.586, MEASURED),
-    *(row for row in PUBLISHED["h100"] if row.parameters >= 7e9),
-]
+PUBLISHED["h200"] = [Published(124e6, 0.439, MEASURED), *PUBLISHED["h100"][1:]]
 
 
 class Hardware(Section):
@@ -168,12 +164,16 @@ class Hardware(Section):
 
     @property
     def sent_per_s(self) -> float:
-        """Bytes per second that a rank sends in a ring over all ranks: its part of the narrowest place."""
+        """Bytes per second that a rank sends in a ring over all ranks: what passes its narrowest place.
+
+        NCCL has a ring for each network card, and of each ring one link leaves a node: so together the rings send at
+        the rate of the whole node (what nccl-tests calls the bus bandwidth), and each rank at the rate of them all.
+        """
         if self.gpu == "cpu":
             return math.inf
         card = CARDS[self.gpu]
         link = self.link_gb_s or card.link_gb_s
-        network = self.network_gb_s / self.gpus_per_node if self.network_gb_s else card.network_gb_s / 8
+        network = self.network_gb_s or card.network_gb_s * self.gpus_per_node / 8
         return GB * (link if self.nodes == 1 else min(link, network))
 
 
@@ -318,7 +318,7 @@ class _Task:
 
     def loss(self, engine: EngineSettings, hardware: Hardware) -> LossPlan:
         """How the loss is taken there."""
-        return loss_plan_on(engine, hardware.kind, hardware.memory)
+        return loss_plan_of(engine.loss, hardware.kind, hardware.memory)
 
     def compiles(self, engine: EngineSettings, hardware: Hardware) -> bool:
         """Whether the forward pass is compiled there."""
@@ -365,6 +365,8 @@ class _Task:
             found = configured if configured.fits else self.choice(self.run.engine, hardware)
             return found, "one rank has nothing to share"
         choices = [self.choice(engine, hardware) for engine in _engines(self.run.engine)]
+        if hardware.ranks == 1 and not isinstance(self.run.engine, DeepSpeed):  # with nobody to share with
+            choices = [self.choice(self.run.engine, hardware), *choices]
         fitting = [each for each in choices if each.fits]
         fitting = [each for each in fitting if each.offload == "none"] or fitting
         if not fitting:
@@ -372,6 +374,9 @@ class _Task:
             return least, self._what_is_needed(hardware)
         fastest = max(choice.tokens_per_s for choice in fitting)
         best = next(choice for choice in fitting if choice.tokens_per_s >= SAME_SPEED * fastest)
+        configured = self.choice(self.run.engine, hardware, self.given)
+        if configured.fits and configured.offload == "none" and configured.tokens_per_s > FASTER * best.tokens_per_s:
+            return configured, "no other way is faster"
         return best, _reason(best, choices, hardware)
 
     def _what_is_needed(self, hardware: Hardware) -> str:
@@ -473,14 +478,15 @@ def expected_mfu(card: str, parameters: int) -> tuple[float, str]:
 def _sent_bytes(engine: EngineSettings, n: int, width: int, ranks: int, micro_steps: int) -> float:
     """The bytes that each rank sends in a step: an all-reduce twice what it reduces, a gather or scatter once.
 
-    Rajbhandari et al. 2020, section 7; gradients go in fp32, at stages 2 and 3 in every micro-step.
+    Rajbhandari et al. 2020, section 7; gradients go in fp32, at stages 2 and 3 in every micro-step. At stage 2
+    DeepSpeed reduces them to all ranks, each of which takes its part.
     """
     stage = engine.zero_stage if isinstance(engine, DeepSpeed) else 0
     gradients, weights = 4 * n, width * n
     sent = {
         0: 2 * gradients,
         1: (1 if isinstance(engine, DeepSpeed) and sums_whole(engine) else 2) * gradients + weights,
-        2: micro_steps * gradients + weights,
+        2: micro_steps * 2 * gradients + weights,
         3: micro_steps * (gradients + 2 * weights),
     }[stage]
     return sent * (ranks - 1) / ranks
@@ -488,7 +494,7 @@ def _sent_bytes(engine: EngineSettings, n: int, width: int, ranks: int, micro_st
 
 def _engines(configured: EngineSettings) -> list[DeepSpeed]:
     """The engines to choose from, in the configured precision: those that give the same speed, simpler ones first."""
-    tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
+    tree = _as_configured(configured)
     return [
         DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": recompute, "offload": offload})
         for offload in ({}, {"optimizer": True}, {"optimizer": True, "parameters": True})
@@ -498,10 +504,16 @@ def _engines(configured: EngineSettings) -> list[DeepSpeed]:
     ]
 
 
+def _as_configured(configured: EngineSettings) -> dict[str, Any]:
+    """What no advice changes."""
+    tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
+    return tree | ({"overlap_comm": configured.overlap_comm} if isinstance(configured, DeepSpeed) else {})
+
+
 def _engine_of(configured: EngineSettings, choice: Choice) -> EngineSettings:
     if not isinstance(configured, DeepSpeed) and choice.zero_stage == 0:
         return configured
-    tree = {"precision": configured.precision, "compile": configured.compile, "loss": configured.loss}
+    tree = _as_configured(configured)
     offload = {"optimizer": "optimizer" in choice.offload, "parameters": "parameters" in choice.offload}
     stage = choice.zero_stage
     return DeepSpeed.model_validate({**tree, "zero_stage": stage, "recompute": choice.recompute, "offload": offload})
@@ -558,11 +570,12 @@ def _reason(best: Choice, choices: Sequence[Choice], hardware: Hardware) -> str:
         least = min(each.memory.total for each in choices if each.offload == "none") / GIB
         host = f"{best.memory.host * hardware.gpus_per_node / GIB:,.0f} of {hardware.host / GIB:,.0f} GiB"
         return f"without offloading at least {least:,.0f} GiB are needed; the host gives {host} (hardware.host_gib)"
+    named = f"ZeRO {simplest.zero_stage}" if simplest.zero_stage else "it"
     if not simplest.fits:
         needs = simplest.memory.total / GIB
-        return f"ZeRO 1 alone needs {needs:,.0f} GiB of {hardware.memory / GIB:.0f} with one sequence"
+        return f"{named} alone needs {needs:,.0f} GiB of {hardware.memory / GIB:.0f} with one sequence"
     gain = best.tokens_per_s / simplest.tokens_per_s - 1
-    return f"{gain:.0%} faster than ZeRO 1 alone, whose micro-batch is {simplest.micro_batch_seqs}"
+    return f"{gain:.0%} faster than {named} alone, whose micro-batch is {simplest.micro_batch_seqs}"
 
 
 @cache

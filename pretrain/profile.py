@@ -6,6 +6,7 @@ taken out of the part that waited for it. Rank 0 is looked at: in a step of coll
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pretrain.engine.state import PART, StepTimer
 
 PARTS = ("data wait", "forward", "backward", "optimizer", "communication", "other")
 COLLECTIVES = ("gloo:", "nccl")  # how their spans and kernels are called
+BESIDES = PART + "besides"  # what is done between steps, evaluations and saves: no part of them
 TOP = 12  # operators in the table
 MEMORY_EVENTS = 200_000  # of the allocator, remembered for its snapshot
 
@@ -79,6 +81,10 @@ class Profiler:
             self._begun -= waited
         self._waited += waited
 
+    def besides(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what is done between steps and is no part of them."""
+        return contextlib.nullcontext() if self._running is None else torch.profiler.record_function(BESIDES)
+
     def after(self, step: int) -> Path | None:
         """Step `step` has been made; the file with the table where it was the last one asked for."""
         if self._running is None or self.steps is None or step < self.steps[1]:
@@ -111,7 +117,7 @@ class Profiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
         self._running = torch.profiler.profile(activities=activities)
         self._running.start()
         self.timer.exact = True
@@ -120,14 +126,19 @@ class Profiler:
 
 def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float) -> Breakdown:
     """From a profiler's events, the seconds of the steps together and of their wait for data."""
+    events = list(events)
+    besides = merged(_span(event) for event in events if event.name == BESIDES and _on_cpu(event))
+    whole -= sum(end - begin for begin, end in besides)
     spans: dict[str, list[Span]] = {}
     collectives: list[Span] = []
     operators: dict[str, tuple[float, int]] = {}
     on_gpu = torch.cuda.is_available()
     for event in events:
-        span = (event.time_range.start / 1e6, event.time_range.end / 1e6)
+        span = _span(event)
+        if any(begin <= span[0] < end for begin, end in besides):
+            continue
         if event.name.startswith(PART):
-            if event.device_type == torch._C._autograd.DeviceType.CPU:  # a GPU shows the same part a second time
+            if _on_cpu(event):  # a GPU shows the same part a second time
                 spans.setdefault(event.name.removeprefix(PART), []).append(span)
         elif event.name.startswith(COLLECTIVES):
             collectives.append(span)
@@ -146,10 +157,18 @@ def breakdown(events: Iterable[Any], steps: int, whole: float, waited: float) ->
 
 def _own_seconds(event: Any, on_gpu: bool) -> float:
     """What a kernel took, or on a CPU an operator without the operators that it calls."""
-    on_cpu = event.device_type == torch._C._autograd.DeviceType.CPU
     if on_gpu:
-        return 0.0 if on_cpu else float(event.time_range.end - event.time_range.start) / 1e6
+        spans_kernels = getattr(event, "is_user_annotation", False)  # as the optimizer's step does, on the GPU as well
+        return 0.0 if _on_cpu(event) or spans_kernels else float(event.time_range.end - event.time_range.start) / 1e6
     return float(event.self_cpu_time_total) / 1e6
+
+
+def _on_cpu(event: Any) -> bool:
+    return bool(event.device_type == torch._C._autograd.DeviceType.CPU)
+
+
+def _span(event: Any) -> Span:
+    return event.time_range.start / 1e6, event.time_range.end / 1e6
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

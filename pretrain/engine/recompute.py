@@ -2,7 +2,9 @@
 
 full keeps what enters each block (Chen et al. 2016). selective keeps the results of matrix products and attention,
 which are dear to compute, and computes what lies between them again (Korthikanti et al. 2022, section 5). Both give
-the bits that none gives, dropout included: the random numbers of a block are drawn again from the same state.
+the bits that none gives, dropout included: the random numbers of a block are drawn again from the same state. So what
+draws some is never kept, attention with dropout neither: the numbers behind it would be others. FlexAttention is
+computed again as well.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from pretrain.engine.settings import Recompute
 
 _aten = torch.ops.aten
-KEPT = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
+PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -34,14 +34,16 @@ def recompute_blocks(model: nn.Module, kind: Recompute) -> None:
     if kind == "none":
         return
     blocks: Any = model.blocks
+    config: Any = model.config
+    kept = PRODUCTS if config.dropout else PRODUCTS | ATTENTION
     for block in blocks:
-        block.forward = _recomputed(block.forward, kind)
+        block.forward = _recomputed(block.forward, kind, kept)
 
 
-def _recomputed(forward: Callable[..., Any], kind: Recompute) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], kind: Recompute, kept: set[Any]) -> Callable[..., Any]:
     more: dict[str, Any] = {}
     if kind == "selective":
-        more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        more = {"context_fn": partial(create_selective_checkpoint_contexts, partial(_policy, kept))}
 
     def twice(*arguments: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -51,5 +53,5 @@ def _recomputed(forward: Callable[..., Any], kind: Recompute) -> Callable[..., A
     return twice
 
 
-def _policy(_context: Any, operation: Any, *_arguments: Any, **_named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set[Any], _context: Any, operation: Any, *_arguments: Any, **_named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import model_validator
 
 from configs import Bool, ConfigError, Section
+from pretrain.models.loss import LossKind
 
-LossKind = Literal["plain", "chunked"]
 Recompute = Literal["none", "selective", "full"]
-SHAPES = 64  # for which a forward pass is compiled, at most
 
 
 class Computation(Section):
@@ -21,7 +19,7 @@ class Computation(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the weights that compute; masters and sums are fp32
     compile: Bool | None = None  # None: on a GPU; on a CPU it gains a tenth for a minute of start
     recompute: Recompute = "none"  # selective keeps products and attention; full keeps what enters each block
-    loss: LossKind | None = None  # chunked holds the logits of few tokens at a time; None: where memory is short
+    loss: LossKind | None = None  # chunked holds the logits of few tokens at a time; None: where that helps
 
     def check_device(self, device: torch.device) -> None:
         """Raise ConfigError where the device cannot compute so."""
@@ -34,16 +32,6 @@ class Computation(Section):
     def compiles(self, device: torch.device) -> bool:
         """Whether the forward pass is compiled."""
         return device.type == "cuda" if self.compile is None else self.compile
-
-
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, compiled for each shape that comes: every stage of a batch-size ramp may bring one.
-
-    torch gives up after 8, with a warning, and everything from there on would be eager.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    result: Callable[..., Any] = torch.compile(forward, dynamic=False)
-    return result
 
 
 class Offload(Section):

@@ -24,10 +24,11 @@ from configs import Bool, ConfigError, Int
 from pretrain.engine.plain import DTYPES
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import LossScale, until_applied
-from pretrain.engine.settings import Computation, Offload, compiled
+from pretrain.engine.settings import Computation, Offload
 from pretrain.engine.state import Fragment, Outcome, State, StepTimer, lay_out, optimizer_state, share
 from pretrain.engine.tally import Tally, read, to_tell
 from pretrain.engine.update import add_up, clipped_step
+from pretrain.models.compiled import compiled
 from pretrain.models.loss import loss_plan, plan_losses
 from pretrain.noise import Noise
 from pretrain.objectives import Batch

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
+from pretrain.models.compiled import compiled
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -118,14 +120,12 @@ def _flexible(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    compute: Any = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    compute: Any = flex_attention if torch.compiler.is_compiling() else _compiled_once(flex_attention)
     y: Tensor = compute(q, k, v, block_mask=block_mask)
     return y
 
 
-@lru_cache(maxsize=1)
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
+_compiled_once = lru_cache(maxsize=1)(compiled)
 
 
 def _block_mask(band: int | None, documents: Tensor | None, length: int, device: torch.device) -> BlockMask:

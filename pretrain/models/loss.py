@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LossKind = Literal["plain", "chunked"]
 LOGIT_BYTES = 4  # they are exponentiated and summed in fp32
-CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}  # of logits; below, products become too small to be fast
+CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}  # of logits: below, products become too small to be fast
 MULTIPLE = {"cuda": 128}  # to which the vocabulary is padded within the product; 0.7 % of a step at 124M on an H200
-SHARE_OF_MEMORY = 8  # logits of a micro-batch above an eighth of it are made by chunks where memory decides
+SHARE_OF_MEMORY = 8  # logits of a micro-batch above an eighth of it are made by chunks on a GPU, where memory decides
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,20 @@ class LossPlan:
         return min(tokens, max(1, fits // 128 * 128 or fits))
 
 
-def loss_plan(kind: Literal["plain", "chunked"] | None, device: torch.device) -> LossPlan:
-    """The plan that `engine.loss` stands for on a device; None weighs a micro-batch's logits against its memory."""
-    chunk, multiple = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]), MULTIPLE.get(device.type, 1)
-    if kind is not None:
-        return LossPlan(math.inf if kind == "plain" else 0, chunk, multiple)
-    return LossPlan(device_memory(device) / SHARE_OF_MEMORY, chunk, multiple)
+def loss_plan(kind: LossKind | None, device: torch.device) -> LossPlan:
+    """The plan that `engine.loss` stands for on a device."""
+    return loss_plan_of(kind, device.type, device_memory(device))
+
+
+def loss_plan_of(kind: LossKind | None, device: str, memory: float) -> LossPlan:
+    """The same for a kind of device, cuda or cpu, with so many bytes of memory.
+
+    None stands for what is fastest: chunks on a CPU; on a GPU all logits at once, if they take
+    no more than an eighth of its memory.
+    """
+    chunk = CHUNK_BYTES[device]
+    fastest = chunk if device == "cpu" else memory / SHARE_OF_MEMORY
+    return LossPlan({"plain": math.inf, "chunked": 0.0, None: fastest}[kind], chunk, MULTIPLE.get(device, 1))
 
 
 def device_memory(device: torch.device) -> int:
@@ -134,20 +143,21 @@ class _ChunkedLoss(torch.autograd.Function):
         of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
         for begin in range(0, hidden.size(0), chunk):
             x, target, share = (t[begin : begin + chunk] for t in (hidden, targets.unsqueeze(1), weights.unsqueeze(1)))
-            logits = (x @ weight.t()).float()
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            each = (log_sum - logits.gather(1, target)) * share
+            logs = F.log_softmax((x @ weight.t()).float(), dim=1)
+            each = -logs.gather(1, target) * share
             total += each.sum()
             terms[begin : begin + chunk] = each.squeeze(1)
             if of_hidden is None or of_weight is None:
                 continue
-            gradient = logits.sub_(log_sum).exp_().mul_(share)  # share * (softmax - one-hot), in place
-            gradient = gradient.scatter_add_(1, target, -share).to(hidden.dtype)
-            of_hidden[begin : begin + chunk] = gradient @ weight
+            gradient = logs.exp_()  # softmax - one-hot, in place; the share comes in where rows are C wide, not V
+            gradient = gradient.scatter_add_(1, target, -torch.ones_like(share)).to(hidden.dtype)
+            of_hidden[begin : begin + chunk] = (gradient @ weight) * share
+            x = (x * share).to(x.dtype)
             if hidden.dtype == torch.float32:
                 of_weight.addmm_(gradient.t(), x)
             else:
                 of_weight += gradient.t() @ x
+            del logs, gradient  # before the next chunk's are made
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(terms)
@@ -156,4 +166,6 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
-        return of_hidden * scale.to(of_hidden.dtype), (of_weight * scale).to(ctx.dtype), None, None, None, None
+        # in fp32: 1 / tokens rounded to bf16 would scale all gradients but this weight's, by up to 0.4 %
+        of_hidden = (of_hidden.float() * scale).to(of_hidden.dtype)
+        return of_hidden, (of_weight * scale).to(ctx.dtype), None, None, None, None

@@ -98,10 +98,16 @@ def test_a_limit_of_the_control_group_counts(tmp_path: Path, monkeypatch: pytest
     assert fit.free_memory(_Alone().device) > 2e6
 
 
-@pytest.mark.parametrize(("largest", "seqs", "rows"), [(12, 12, 12), (11, 12, 6), (7, 12, 6), (5, 12, 4), (1, 12, 1)])
-def test_micro_batches_are_evened_over_a_step(largest: int, seqs: int, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("largest", "seqs", "rows"),
+    [
+        (12, 12, 12), (11, 12, 6), (7, 12, 6), (5, 12, 4), (1, 12, 1),
+        (10, 64, 8), (22, 64, 16),  # 7 x 10 and 3 x 22 would compute six and two rows for nothing
+        (12, 13, 7), (20, 509, 17),  # but not 13 or 509 by one
+    ],
+)  # fmt: skip
+def test_micro_batches_fill_a_step_with_few_rows_to_spare(largest: int, seqs: int, rows: int) -> None:
     assert evened(largest, seqs) == rows
-    assert -(-seqs // rows) == -(-seqs // largest)
 
 
 @pytest.mark.parametrize("given", ["fits", "0", "2.5", "-1"])

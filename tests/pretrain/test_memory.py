@@ -140,7 +140,10 @@ def test_the_remedy_keeps_the_rest_of_an_engine() -> None:
     model = {"kind": "gpt", "layers": 2, "width": 512, "heads": 2, "context": 1024, "vocab_size": 128}
     engine = {"kind": "deepspeed", "zero_stage": 2, "precision": "bf16", "offload": {"optimizer": True}}
     run = a_run(model=model, data={"seq_tokens": 32, "sources": {"a": {"shards": "a"}}}, engine=engine)
-    assert remedy(run, 1, run_memory(run, 1, 1, torch.device("cpu"))) == "engine.zero_stage=3, or more ranks"
+    memory = run_memory(run, 2, 1, torch.device("cpu"))
+    assert remedy(run, 2, 1, memory) == "engine.zero_stage=3, or more ranks"
+    alone = "more ranks; or engine.zero_stage=3 engine.offload.parameters=true"  # which has nobody to share with
+    assert remedy(run, 1, 1, memory) == alone
 
 
 @pytest.mark.parametrize(
@@ -160,4 +163,6 @@ def test_the_remedy_is_for_what_takes_the_most(changes: dict[str, int], rows: in
     model = {"kind": "gpt", "layers": 2, "width": 64, "heads": 2, "context": 1024, "vocab_size": 128, **changes}
     data = {"seq_tokens": 32 if "width" in changes else 1024, "sources": {"a": {"shards": "a"}}}
     run = a_run(model=model, data=data, batch_tokens=8192)
-    assert remedy(run, rows, run_memory(run, 1, rows, torch.device("cpu"))) == said
+    assert remedy(run, 2, rows, run_memory(run, 2, rows, torch.device("cpu"))) == said
+    alone = remedy(run, 1, rows, run_memory(run, 1, rows, torch.device("cpu")))
+    assert alone == said.replace("precision: fp32}", "precision: fp32, offload: {optimizer: true}}")

@@ -171,6 +171,26 @@ def test_no_save_is_begun_before_the_one_before_it_is_whole() -> None:
     assert saves.interval_s == 2 * saves.write_s
 
 
+def test_rings_leave_a_node_by_all_its_network_cards() -> None:
+    rates = [Hardware(nodes=2, gpus_per_node=gpus).sent_per_s / 1e9 for gpus in (8, 1)]
+    assert rates == [400, 50]  # of the H100's 450 within the node
+    assert Hardware(nodes=2, network_gb_s=25).sent_per_s == 25e9 and Hardware(nodes=1).sent_per_s == 450e9
+
+
+def test_no_advice_is_slower_than_what_is_configured() -> None:
+    for name, hardware in (("gpt3-2.7b", "h100"), ("gpt2-xl", "h100"), ("gpt3-2.7b", "a100"), ("gpt2-small", "h200")):
+        for nodes in (1, 3):
+            made = load_plan(configs.CONFIGS / f"{name}.yaml", [f"hardware.gpu={hardware}", f"hardware.nodes={nodes}"])
+            assert not made.as_configured.fits or made.advised.tokens_per_s > 0.999 * made.as_configured.tokens_per_s
+
+
+def test_advice_leaves_alone_what_it_does_not_know_better() -> None:
+    path = configs.CONFIGS / "gpt2-small.yaml"
+    assert not load_plan(path, ["engine.overlap_comm=true", "micro_batch_seqs=fit"]).changes
+    alone = ["hardware.gpus_per_node=1", "engine={kind: torch}", "micro_batch_seqs=fit"]
+    assert not load_plan(path, alone).changes
+
+
 def test_the_share_of_the_peak_lies_between_what_was_published() -> None:
     for card, rows in PUBLISHED.items():
         assert all(expected_mfu(card, int(row.parameters))[0] == pytest.approx(row.mfu, abs=1e-3) for row in rows)
@@ -200,7 +220,7 @@ def test_a_slow_machine_is_timed_by_a_few_tokens(second_s: float, tokens: int, m
     [
         (1, "bf16", 4, 4 + 2),
         (1, "fp16", 4, 2 * 4 + 2),  # DeepSpeed's own way: an all-reduce
-        (2, "bf16", 4, 4 * 4 + 2),
+        (2, "bf16", 4, 4 * 2 * 4 + 2),
         (3, "bf16", 4, 4 * (4 + 2 * 2)),
         (3, "bf16", 1, 8),
     ],

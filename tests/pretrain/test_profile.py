@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs import ConfigError, build
-from pretrain.profile import Profile, breakdown, merged, overlap
+from pretrain.profile import BESIDES, Profile, breakdown, merged, overlap
 from tests.runs import TORCH, Started, write_run
 
 
@@ -21,7 +21,8 @@ def event(name: str, begin: float, end: float, own: float = 0.0) -> Any:
 
 
 def test_a_profiled_run_says_where_a_step_goes(tmp_path: Path) -> None:
-    started = Started(write_run(tmp_path, TORCH, steps=8), 2, "profile.steps=[3, 5]", "preflight.enabled=false")
+    overrides = ["profile.steps=[3, 5]", "preflight.enabled=false", "evaluation.every_steps=4"]
+    started = Started(write_run(tmp_path, TORCH, steps=8), 2, *overrides)
     assert started.wait() == [0, 0], started.text
     folder = tmp_path / "run" / "profile"
     assert f"profile: {folder / 'steps-3-5.md'}" in started.text
@@ -52,6 +53,16 @@ def test_waiting_for_others_is_communication_wherever_it_happens() -> None:
         return  # there, kernels are listed
     [(name, seconds, calls)] = found.operators
     assert (name, calls) == ("aten::mm", 2) and seconds == pytest.approx(120e-6)
+
+
+def test_what_is_done_between_steps_is_no_part_of_them() -> None:
+    spans = [
+        event("step: forward", 0, 100), event(BESIDES, 100, 400), event("step: communication", 150, 250),
+        event("aten::mm", 110, 390, own=280), event("step: forward", 400, 500),
+    ]  # fmt: skip
+    found = breakdown(spans, 2, whole=600e-6, waited=0.0)
+    assert sum(found.parts.values()) == pytest.approx(300e-6) and found.parts["forward"] == pytest.approx(200e-6)
+    assert found.parts["communication"] == 0 and not found.operators
 
 
 def test_spans() -> None:

@@ -70,14 +70,17 @@ def test_with_dropout_it_is_the_same_run_too(engine: str, tmp_path: Path) -> Non
     ("stage", "before", "after"), [(1, 2, 1), (1, 1, 2), (1, 2, 3), (3, 2, 1), (3, 1, 2), (3, 2, 3)]
 )
 def test_resumed_on_another_number_of_ranks(stage: int, before: int, after: int, tmp_path: Path) -> None:
+    """While the batch grows, so that the ranks are fed rows that fill up their micro-batches, or nothing else."""
     config = write_run(tmp_path / "elastic", zero(stage), steps=20)
-    started = Started(config, before)
+    ramp = ["batch_ramp.start_tokens=64", "batch_ramp.over_tokens=8000"]
+    started = Started(config, before, *ramp)
     started.wait_for_step(12)
     started.signal(signal.SIGTERM)
     assert started.wait() == [3] * before
-    run_to_end(config, after)
+    run_to_end(config, after, *ramp)
     golden = tmp_path / "golden"
-    run_to_end(write_run(golden, TORCH, steps=20))
+    run_to_end(write_run(golden, TORCH, steps=20), 1, *ramp)
+    assert final_state(golden)[0]["step"] > 20
     assert final_state(tmp_path / "elastic")[0] == final_state(golden)[0]  # step, samples, tokens, digest
     later, expected = losses(tmp_path / "elastic", 2), losses(golden, 1)
     assert later == pytest.approx({step: expected[step] for step in later}, abs=2e-5)

@@ -71,7 +71,8 @@ def train(ranks: Ranks, engine: Engine, steps: range, micro_rows: int = 2, talli
     for step in steps:
         fed, tally = batches(ranks, step, micro_rows), None
         if tallied:
-            tally = Tally(fed, (torch.arange(len(fed) * micro_rows) % 3).view(len(fed), micro_rows), 3)
+            sources = (torch.arange(len(fed) * micro_rows) % 3).view(len(fed), micro_rows)
+            tally = Tally(fed, sources.to(ranks.device), 3)
             fed = tally.batches
         outcome = engine.step(fed, GLOBAL_ROWS * LENGTH, OPTIM.rates((step + 1) / 4), tally=tally)
         assert outcome.applied

@@ -16,8 +16,9 @@ from configs import ConfigError, build
 from pretrain.engine.plain import Torch
 from pretrain.engine.recompute import recompute_blocks
 from pretrain.engine.scale import GOOD_STEPS, LossScale
-from pretrain.engine.settings import Recompute, compiled
+from pretrain.engine.settings import Recompute
 from pretrain.engine.zero import DeepSpeed, check_versions
+from pretrain.models.compiled import compiled
 from pretrain.models.gpt import Gpt
 from pretrain.models.loss import LossPlan, plan_losses
 from pretrain.models.weights import initialize
