@@ -366,7 +366,7 @@ ATTENTION = {
 }
 
 
-def attention_rates(device: str) -> list[str]:
+def attention_rates(device: str, is_time: Callable[[], bool]) -> list[str]:
     """Lines of a table: forward and backward of causal attention by kernel, as if nothing were masked."""
     shapes = [(32, 12, 1024, 64), (8, 16, 2048, 128)] if device == "cuda" else [(2, 2, 128, 64)]
     lines = [
@@ -385,6 +385,8 @@ def attention_rates(device: str) -> list[str]:
         for name, backend in ATTENTION.items():
             if name == "plain products" and device == "cuda" and batch * heads * length**2 * 6 > 20e9:
                 continue
+            if not is_time():
+                return [*lines, f"| {name} | {shape} | left out: out of time | - |"]
             try:
                 if backend is None:
                     spent = seconds_of(work, 20)
@@ -417,7 +419,7 @@ def skipping_rates(device: str, is_time: Callable[[], bool]) -> list[str]:
     return lines
 
 
-def loss_rates(device: str) -> list[str]:
+def loss_rates(device: str, is_time: Callable[[], bool]) -> list[str]:
     """Lines of a table: output layer and loss, forward and backward, by how the logits are made."""
     tokens, width, vocabulary = (32 * 1024, 768, VOCABULARY) if device == "cuda" else (256, 64, 509)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -452,6 +454,8 @@ def loss_rates(device: str) -> list[str]:
         ways["torch's linear_cross_entropy"] = lambda: theirs(hidden, weight, targets, reduction="sum", options=options)
     lines = [f"| loss of {tokens} x {width} x {vocabulary} | ms, forward and backward | peak GiB |", "|---|---:|---:|"]
     for name, way in ways.items():
+        if not is_time():
+            return [*lines, f"| {name} | left out: out of time | - |"]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -610,6 +614,17 @@ def main() -> None:
     sizes = options.models.split(",") if cuda else ["tiny"]
     wanted = cases(sizes, options.nanogpt is not None, cuda, options.variants if cuda else "none")
     wanted += [] if cuda else TINY_VARIANTS
+    text += [] if options.nanogpt else ["Without nanoGPT: no --nanogpt was given.", ""]
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"gpu_{name.replace(' ', '-')}_{datetime.date.today()}.md"
+
+    def write(parts: list[str]) -> None:
+        """What there is by now: whoever ends this early has it."""
+        path.write_text("\n".join([*text, *HEAD, *map(line, rows), "", *parts]) + "\n")
+
+    def is_time() -> bool:
+        return options.budget - (time.perf_counter() - begun) > LEAST_S
+
     capacity = RESERVE * torch.cuda.mem_get_info()[1] if cuda else 2.0 * GIB
     rows: list[dict[str, Any]] = []
     for group in groups(wanted, capacity, cuda):
@@ -621,14 +636,13 @@ def main() -> None:
         for row in made:
             rows.append(row)
             print(line(row), flush=True)
+            write([])
     parts = [*costs(rows, compiled=cuda), ""]
-    if options.budget - (time.perf_counter() - begun) > LEAST_S:
-        parts += [*attention_rates(device), "", *loss_rates(device), ""]
-        parts += skipping_rates(device, lambda: options.budget - (time.perf_counter() - begun) > LEAST_S)
+    write(parts)
+    for tables in (attention_rates, loss_rates, skipping_rates):
+        parts += [*tables(device, is_time), ""] if is_time() else []
+        write(parts)
     print("\n".join(["", *parts]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu_{name.replace(' ', '-')}_{datetime.date.today()}.md"
-    path.write_text("\n".join([*text, *HEAD, *map(line, rows), "", *parts]) + "\n")
     print(f"\n{path}", flush=True)
     os._exit(0)  # DeepSpeed leaves a thread that aborts some exits
 
