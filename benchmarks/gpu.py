@@ -623,7 +623,7 @@ def main() -> None:
         path.write_text("\n".join([*text, *HEAD, *map(line, rows), "", *parts]) + "\n")
 
     def is_time() -> bool:
-        return options.budget - (time.perf_counter() - begun) > LEAST_S
+        return bool(options.budget - (time.perf_counter() - begun) > LEAST_S)
 
     capacity = RESERVE * torch.cuda.mem_get_info()[1] if cuda else 2.0 * GIB
     rows: list[dict[str, Any]] = []

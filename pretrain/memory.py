@@ -16,7 +16,7 @@ import torch
 from pretrain.engine import EngineSettings
 from pretrain.engine.zero import DeepSpeed
 from pretrain.models import Model
-from pretrain.models.loss import LossPlan, loss_plan
+from pretrain.models.loss import LOGIT_BYTES, LossPlan, loss_plan
 from pretrain.run import TrainRun
 
 GIB = 2**30
@@ -241,8 +241,7 @@ def _loss_bytes(shape: Shape, width: int, tokens: int, loss: LossPlan, compiles:
         padding = 2 * width * shape.embedding if shape.vocabulary % loss.multiple else 0  # a copy and its gradient
         return float(tokens * shape.vocabulary * per_logit + padding)
     head, hidden = shape.embedding, tokens * shape.width * width
-    per_logit = 12 if width == 2 else 8  # of one chunk and of the one before it
-    forward = chunk * shape.vocabulary * per_logit + SUM * head
+    forward = chunk * shape.vocabulary * 2 * LOGIT_BYTES + SUM * head  # a chunk's logits, and what is made of them
     return float(hidden + max(forward, head * (2 * SUM + (width if width == 2 else 0))))
 
 

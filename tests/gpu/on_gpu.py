@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from pretrain.engine import EngineSettings
+from pretrain.engine.recompute import recompute_blocks
+from pretrain.engine.settings import Recompute
 from pretrain.models.gpt import Gpt
 from pretrain.models.loss import plan_losses
+from pretrain.models.weights import initialize
 from pretrain.ranks import Ranks
 from tests.pretrain.engine import cases
 from tests.pretrain.fitted import after_trials
@@ -82,3 +85,18 @@ def peaks(ranks: Ranks, gpt: Gpt, named: dict[str, EngineSettings], rows: int) -
 def trials(ranks: Ranks, named: dict[str, EngineSettings], failing: str) -> dict[str, Any]:
     """What `micro_batch_seqs: fit` finds by name, see `after_trials`."""
     return each({name: partial(after_trials, ranks, settings, failing) for name, settings in named.items()})
+
+
+def strays(ranks: Ranks) -> dict[str, float]:
+    """How far gradients with dropout are from those of blocks that are kept, over their length, by recomputation."""
+    gradients = {}
+    for kind in get_args(Recompute):
+        with ranks.device:
+            model = cases.MODEL.model_copy(update={"dropout": 0.2}).build()
+        initialize(model, 1)
+        recompute_blocks(model.bfloat16(), kind)
+        torch.manual_seed(3)
+        model(*cases.batches(ranks, 0, cases.GLOBAL_ROWS)[0]).backward()
+        gradients[kind] = torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+    kept = gradients["none"]
+    return {kind: float((found - kept).norm() / kept.norm()) for kind, found in gradients.items()}
