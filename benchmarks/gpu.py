@@ -10,7 +10,8 @@ the attention kernels and the ways to the loss. Medians over steps after the war
 reading, checkpoints and tracking of a run.
 
 A case is a process. Those of a group compile beside each other and take their first steps in turn; when all of them
-stand still they are timed one by one, the rest asleep. Each row is printed when it is there.
+stand still they are timed in turn, the rest asleep, three rounds of it: ratios are those of the same round. The rows of
+a group are printed when it is done.
 
 MFU is (6 N + 12 L C T) operations per token x tokens/s over the card's dense bf16 peak: attention counted as dense, N
 without positions, the vocabulary not padded. What does not fit into --budget seconds is left out, and said to be.
@@ -60,6 +61,7 @@ from pretrain.ranks import Ranks
 VOCABULARY, NANOGPT_VOCABULARY = 50257, 50304  # nanoGPT pads its own
 FORMULA = "MFU = (6 N + 12 L C T) x tokens/s / peak: dense attention, N without positions, unpadded vocabulary"
 LEAST_S = 25.0  # that a case takes; none is begun with less left
+ROUNDS = 3  # in which the cases of a group are timed in turn
 TOGETHER = 9  # cases that compile beside each other, on a core and a half or more each
 CONTEXT = 0.8 * GIB  # of the GPU's memory, for a process that stands still, beside its states
 COMPILING, ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "4"}, {"OMP_NUM_THREADS": "1"}  # on a GPU, on a CPU
@@ -220,7 +222,7 @@ class Turn:
 
 
 def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: float) -> dict[str, Any]:
-    """One case in this process: its first step, then, at a line on stdin, its timing; its row.
+    """One case in this process: its first step, then, at each of some lines on stdin, a round of its timing; its row.
 
     `begun`: when the process did.
     """
@@ -238,13 +240,16 @@ def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: flo
         step()
         _wait(cuda)
         first = time.perf_counter() - begun
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()  # for those beside it
-        turn.leave()
-        print("READY", flush=True)
-        sys.stdin.readline()
-        times = _timed(step, seconds, cuda)
+        rounds: list[list[float]] = []
+        for _ in range(ROUNDS):
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()  # for those beside it
+            turn.leave()
+            print("READY", flush=True)
+            sys.stdin.readline()
+            rounds.append(_timed(step, seconds / ROUNDS, cuda))
+    times = [spent for each in rounds for spent in each]
     rate = case.rows * gpt.context * case.micro_batches / statistics.median(times)
     peak = peak_flops(torch.cuda.get_device_name()) if cuda else None
     return {
@@ -253,6 +258,7 @@ def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: flo
         "mfu": None if peak is None else rate * gpt.flops_per_token(gpt.context) / peak,
         "step_ms": 1e3 * statistics.median(times),
         "spread_ms": 1e3 * statistics.pstdev(times),
+        "rounds_ms": [1e3 * statistics.median(each) for each in rounds],
         "steps": len(times),
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
         "first_step_s": first,
@@ -260,14 +266,14 @@ def run(case: Case, seconds: float, nanogpt: Path | None, turn: Turn, begun: flo
 
 
 def _timed(step: Callable[[], object], seconds: float, cuda: bool) -> list[float]:
-    """What the steps of so many seconds took, ten at least, after a warm-up of three."""
+    """What the steps of so many seconds took, four at least, after a warm-up of three."""
     for _ in range(3):
         step()
     times: list[float] = []
     gc.collect()
     _wait(cuda)
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times) < 10:
+    while time.perf_counter() < until or len(times) < 4:
         start = time.perf_counter()
         step()
         _wait(cuda)
@@ -502,10 +508,19 @@ def costs(rows: list[dict[str, Any]], compiled: bool = True) -> list[str]:
     for model in dict.fromkeys(row["model"] for row in rows):
         torch_, zero, theirs = (by_case.get((model, engine)) for engine in ("torch", "zero1", "nanogpt"))
         if torch_ and zero:
-            cost = zero["step_ms"] / torch_["step_ms"] - 1
-            more = f"; over nanoGPT {theirs['step_ms'] / zero['step_ms']:.2f}x" if theirs else ""
-            lines.append(f"{model}: DeepSpeed costs {cost:+.1%} of a step{more}")
+            cost = [100 * (ratio - 1) for ratio in _ratios(zero, torch_)]
+            more = ""
+            if theirs:
+                over = _ratios(theirs, zero)
+                more = f"; over nanoGPT {statistics.median(over):.2f}x ({min(over):.2f} to {max(over):.2f})"
+            between = f"({min(cost):+.1f} to {max(cost):+.1f})"
+            lines.append(f"{model}: DeepSpeed costs {statistics.median(cost):+.1f}% {between} of a step{more}")
     return lines
+
+
+def _ratios(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """How much longer a step of one takes than of the other, round by round."""
+    return [a / b for a, b in zip(one["rounds_ms"], other["rounds_ms"], strict=True)]
 
 
 def _own_cache(case: Case) -> dict[str, str]:
@@ -551,14 +566,14 @@ class Worker:
             if printed.startswith(begin):
                 return printed[len(begin) :], ""
 
-    def go(self, until: float) -> dict[str, Any]:
-        """Have it time itself; its row."""
+    def go(self, until: float, last: bool) -> tuple[dict[str, Any] | None, str]:
+        """Have it time itself for a round; its row after the last one, and what went wrong."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("go\n")
             self._process.stdin.flush()
-        row, error = self.expect("ROW ", until)
-        return {**asdict(self.case), "error": error} if row is None else dict(json.loads(row))
+        said, error = self.expect("ROW " if last else "READY", until)
+        return (json.loads(said) if last and said else None), error
 
     def end(self) -> None:
         """Give its memory back."""
@@ -572,13 +587,16 @@ def run_together(group: list[Case], options: argparse.Namespace, until: float) -
         workers = [Worker(case, options, Path(place)) for case in group]
         try:
             timing = until - len(workers) * (options.seconds + 2)  # from when on those that are ready are timed
-            states = [worker.expect("READY", timing) for worker in workers]
-            for worker, (_, error) in zip(workers, states, strict=True):
-                if error:
-                    worker.end()
-            for worker, (_, error) in zip(workers, states, strict=True):
-                yield {**asdict(worker.case), "error": error} if error else worker.go(until)
-                worker.end()
+            errors = [worker.expect("READY", timing)[1] for worker in workers]
+            rows: list[dict[str, Any] | None] = [None] * len(workers)
+            for i in range(ROUNDS):
+                for which, worker in enumerate(workers):
+                    if errors[which]:
+                        worker.end()
+                    else:
+                        rows[which], errors[which] = worker.go(until, last=i == ROUNDS - 1)
+            for worker, row, error in zip(workers, rows, errors, strict=True):
+                yield row or {**asdict(worker.case), "error": error}
         finally:
             for worker in workers:
                 worker.end()

@@ -58,7 +58,8 @@ LAYER_S = 0.3e-3  # that no micro-step is shorter than, for each layer: some 60 
 HOST_GIB = 1500.0  # of a node of eight GPUs, as DGX have at least
 HOST_UPDATE_BYTES_S = 20 * GB  # of masters, moments and gradients that one rank's share of a host updates
 TOKENS_PER_PARAMETER = 20  # of a plan for a model file: Hoffmann et al. 2022, table 3
-MODEL_BATCH = 1 << 19  # tokens of a step, where a model is planned without a run
+# tokens of a step where a model is planned without a run, for up to so many parameters: Brown et al. 2020, table 2.1
+MODEL_BATCH = [(1e9, 1 << 19), (5e9, 1 << 20), (50e9, 1 << 21), (math.inf, 3_200 << 10)]
 SAME_SPEED = 0.98  # of the fastest: the simpler way is taken
 FASTER = 1.001  # than what would be advised: what is configured stays
 MOST_NODES = 1 << 16
@@ -271,11 +272,12 @@ def _model_run(path: Path, overrides: Sequence[str]) -> TrainRun | None:
     if path.is_dir() or configs.read(path).get("kind") != "gpt":
         return None
     model = configs.load(Gpt, path)
-    seqs = 2 ** int(math.log2(model.context))
+    seqs, parameters = 2 ** int(math.log2(model.context)), model.parameter_count()
+    batch = next(tokens for most, tokens in MODEL_BATCH if parameters <= most)
     tree: dict[str, Any] = {
         "name": path.stem, "run_folder": f"runs/{path.stem}", "model": model.model_dump(mode="json"),
-        "data": {"seq_tokens": seqs, "sources": {"any": {"shards": "out/any"}}}, "batch_tokens": MODEL_BATCH,
-        "micro_batch_seqs": "fit", "train_tokens": TOKENS_PER_PARAMETER * model.parameter_count(),
+        "data": {"seq_tokens": seqs, "sources": {"any": {"shards": "out/any"}}}, "batch_tokens": batch,
+        "micro_batch_seqs": "fit", "train_tokens": TOKENS_PER_PARAMETER * parameters,
         "optim": {"kind": "adamw", "lr_peak": 1e-4}, "schedule": {"kind": "cosine"}, "engine": {"kind": "deepspeed"},
     }  # fmt: skip
     return configs.build(TrainRun, tree, str(path), list(overrides))

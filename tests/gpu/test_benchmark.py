@@ -50,10 +50,11 @@ def test_costs_are_read_from_rows_of_the_same_batch() -> None:
     def row(engine: str, ms: float, **more: int) -> dict[str, object]:
         case = Case("124M", engine, 32, **more)  # type: ignore[arg-type]
         rest = {"tokens_per_s": 1e5, "mfu": 0.4, "spread_ms": 1.0, "steps": 9, "peak_gib": 9.5, "first_step_s": 31.0}
-        return {**vars(case), **rest, "step_ms": ms}
+        return {**vars(case), **rest, "step_ms": ms, "rounds_ms": [0.99 * ms, ms + len(engine) - 5, 1.01 * ms]}
 
     rows = [row("zero1", 103.0), row("torch", 100.0), row("nanogpt", 120.0), row("zero1", 800.0, micro_batches=8)]
-    assert costs(rows) == ["124M: DeepSpeed costs +3.0% of a step; over nanoGPT 1.17x"]
+    ours = "124M: DeepSpeed costs +3.0% (+3.0 to +3.0) of a step"
+    assert costs(rows) == [f"{ours}; over nanoGPT 1.17x (1.17 to 1.18)"]
     assert line(rows[0]) == "| 124M | zero1 | compiled | 32 x 1 | 100,000 | 40.0% | 103.0 (1.0) | 9.5 | 31 |"
     failed = {**vars(Case("124M", "torch", 32, compile=False)), "error": "out of memory"}
     assert line(failed) == "| 124M | torch | eager | 32 x 1 | out of memory |"

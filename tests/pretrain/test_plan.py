@@ -261,3 +261,10 @@ def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> 
     assert tree["hardware"]["nodes"] == 2 and len(tree["expected"]) == 4
     assert tree["advised"]["memory"]["weights"] == 2 * 124_439_808
     assert {row["source"] for row in tree["sources"]["h100"]} == {row.source for row in PUBLISHED["h100"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "seqs"), [("gpt3-350m", 256), ("gpt3-2.7b", 512), ("gpt3-13b", 1024), ("gpt3-175b", 1600)]
+)
+def test_a_model_by_itself_has_the_batch_of_its_size(name: str, seqs: int) -> None:
+    assert load_plan(configs.CONFIGS / "model" / f"{name}.yaml", ["hardware.nodes=64"]).batch_seqs == seqs
