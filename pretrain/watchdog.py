@@ -94,7 +94,7 @@ class Gossip(threading.Thread):
     def wait_for(self, others: set[int]) -> None:
         """Until these ranks have read the beats too: a rank that ends takes its connections, rank 0 the store."""
         self.has_read = True
-        deadline = time.monotonic() + 4 * self.interval_s
+        deadline = time.monotonic() + 8 * self.interval_s
         while not others <= self.readers and time.monotonic() < deadline:
             time.sleep(self.interval_s / 5)
 
