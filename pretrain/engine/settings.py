@@ -18,7 +18,9 @@ class Computation(Section):
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the weights that compute; masters and sums are fp32
     compile: Bool | None = None  # None: on a GPU; on a CPU it gains a tenth for a minute of start
-    recompute: Recompute = "none"  # selective keeps products and attention; full keeps what enters each block
+    recompute: Recompute = (
+        "none"  # selective keeps products, and attention that drops nothing; full keeps what enters each block
+    )
     loss: LossKind | None = None  # chunked holds the logits of few tokens at a time; None: where that helps
 
     def check_device(self, device: torch.device) -> None:

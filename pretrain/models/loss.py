@@ -45,8 +45,8 @@ def loss_plan(kind: LossKind | None, device: torch.device) -> LossPlan:
 def loss_plan_of(kind: LossKind | None, device: str, memory: float) -> LossPlan:
     """The same for a kind of device, cuda or cpu, with so many bytes of memory.
 
-    None stands for what is fastest: chunks on a CPU; on a GPU all logits at once, if they take
-    no more than an eighth of its memory.
+    None stands for what is fastest: chunks on a CPU; on a GPU all logits at once, if they take no more than an eighth
+    of its memory.
     """
     chunk = CHUNK_BYTES[device]
     fastest = chunk if device == "cpu" else memory / SHARE_OF_MEMORY
