@@ -242,6 +242,7 @@ def test_told_to_stop_it_leaves_its_slices_at_once_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a suite in the background ignores
     )
     while not list(folder.glob("large/mine/slices/.tmp-*")):
         assert process.poll() is None
